@@ -1,0 +1,71 @@
+"""What a method is: at which points the gradient is evaluated, and with what weights the gradients are added."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from nso_hf.backends import Weight
+from nso_hf.perturbation import Displacement
+
+if TYPE_CHECKING:
+    from nso_hf.arguments import NSOArguments
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation: the loss at W + `sign` U, whose gradient is added `weight` times.
+
+    At weight 0 there is no backward pass. `last` marks the final evaluation of a micro-batch, in whose backward pass
+    the gradients are reduced between replicas; it has a backward pass.
+    """
+
+    displacement: Displacement | None = None
+    sign: int = 1
+    weight: float = 1.0
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method may know of the micro-batch at hand."""
+
+    seed: int
+    number: int
+    """Optimizer steps taken before this one."""
+    progress: float
+    """The share of training that is over when this step is, in (0, 1]."""
+    micro_batch: int
+    """Number of this micro-batch among those of all replicas in this optimizer step."""
+    weights: Sequence[Weight]
+    """The perturbed weights."""
+    is_measured: bool
+    """Whether this step's measurements are going to be logged."""
+    measurements: dict[str, float | Tensor] = field(default_factory=dict)
+    """Filled by the method: name -> value, a tensor's values being added over micro-batches, then averaged over replicas."""
+
+
+class Method(ABC):
+    """An update rule over the evaluation points of one micro-batch."""
+
+    options: ClassVar[frozenset[str]]
+    """The fields of `NSOArguments` it reads, beyond those that every method obeys."""
+    kwargs: ClassVar[Mapping[str, Any]]
+    """Its own options and their defaults, given as `method_kwargs`."""
+
+    def __init__(self, args: "NSOArguments") -> None:
+        self.args = args
+
+    @classmethod
+    def check(cls, args: "NSOArguments") -> None:
+        """Raise a `ValueError` for options that do not fit together."""
+
+    @classmethod
+    def check_micro_batches(cls, args: "NSOArguments", accumulation: int, replicas: int) -> None:
+        """Raise a `ValueError` where an optimizer step has a number of micro-batches that the method cannot use."""
+
+    @abstractmethod
+    def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
+        """Yield each point, be sent its loss (a scalar), and return the loss to report for the micro-batch."""

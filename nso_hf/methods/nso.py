@@ -1,0 +1,105 @@
+r"""Noise Stability Optimization (Zhang, Li, Ju; TMLR 2024, arXiv 2306.08553, Algorithm 1).
+
+Draw U_1 ... U_k ~ P with mean 0, E[U U'] = sigma^2 I, P symmetric. The gradient of a step is
+
+    g = lambda grad f(W) + (1 - lambda)/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)]       two-sided
+    g = lambda grad f(W) + (1 - lambda)/k    sum_j  grad f(W + U_j)                          one-sided
+
+whose expectation at lambda = 0 is the gradient of E f(W + U) = f(W) + sigma^2/2 Tr Hessian(W) + O(sigma^4).
+With sign="alternate", micro-batch m of the step (over all replicas) has one evaluation,
+
+    g_m = grad f_m(W + (-1)^m U_j),    j = floor(m/2) mod k
+
+and the same expectation, since U and -U are equally likely.
+"""
+
+import math
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from nso_hf.methods.base import Method, Point, Step
+from nso_hf.noise import Noise
+from nso_hf.refusal import refusal
+
+if TYPE_CHECKING:
+    from nso_hf.arguments import NSOArguments
+
+SIGMA_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    "exponential": lambda progress: math.expm1(5 * progress) / math.expm1(5),
+}
+"""Name -> share of sigma in use at a `progress` of training in (0, 1]: from ~0 up to 1."""
+
+
+class NSO(Method):
+    """The average gradient at W + U and W - U."""
+
+    options = frozenset(
+        "sigma num_perturbations two_sided clean_weight distribution sigma_schedule sign log_sharpness".split()
+    )
+    kwargs = {}
+
+    @classmethod
+    def check(cls, args: "NSOArguments") -> None:
+        if args.sign == "alternate":
+            rule = "sign='alternate' has one evaluation per micro-batch, at W + U or at W - U"
+            both = "or use sign='both'"
+            if not args.two_sided:
+                raise refusal("two_sided", False, rule, f"Set two_sided=True, {both}")
+            if args.clean_weight:
+                raise refusal(
+                    "clean_weight", args.clean_weight, rule, f"Set clean_weight=0, {both}"
+                )
+            if args.log_sharpness:
+                raise refusal("log_sharpness", True, rule, f"Set log_sharpness=False, {both}")
+        if args.log_sharpness and not args.two_sided:
+            rule = "[f(W+U) + f(W-U) - 2 f(W)]/sigma^2 needs both signs"
+            raise refusal("log_sharpness", True, rule, "Set two_sided=True")
+        if args.log_sharpness and (args.sigma == 0 or args.clean_weight == 1):
+            rule = f"sigma={args.sigma} and clean_weight={args.clean_weight} leave the weights unperturbed"
+            raise refusal("log_sharpness", True, rule, "Set sigma > 0 and clean_weight < 1")
+
+    @classmethod
+    def check_micro_batches(cls, args: "NSOArguments", accumulation: int, replicas: int) -> None:
+        evaluations = 2 * args.num_perturbations
+        if args.sign == "alternate" and accumulation * replicas % evaluations:
+            rule = (
+                f"gradient_accumulation_steps ({accumulation}) x data-parallel processes ({replicas}) must be a "
+                f"multiple of 2 x num_perturbations ({evaluations}), so that each U meets as many + as - signs"
+            )
+            cure = f"Set gradient_accumulation_steps to a multiple of {math.lcm(evaluations, replicas) // replicas}"
+            raise refusal("sign", "alternate", rule, f"{cure}, or use sign='both'")
+
+    def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
+        lam, k = self.args.clean_weight, self.args.num_perturbations
+        sigma = self.args.sigma * SIGMA_SCHEDULES[self.args.sigma_schedule](step.progress)
+        if sigma == 0 or lam == 1:
+            return (yield Point(last=True))
+        if step.is_measured:
+            step.measurements["nso/sigma"] = sigma
+
+        def U(j: int) -> Noise:
+            return Noise(step.seed, step.number, j, sigma, self.args.distribution)
+
+        if self.args.sign == "alternate":
+            pair, odd = divmod(step.micro_batch, 2)
+            return (yield Point(U(pair % k), sign=-1 if odd else 1, last=True))
+
+        measures_trace = self.args.log_sharpness and step.is_measured
+        clean = (yield Point(weight=lam)) if lam > 0 or measures_trace else None
+        signs = (1, -1) if self.args.two_sided else (1,)
+        evaluations = [(j, sign) for j in range(k) for sign in signs]
+        losses = []
+        for j, sign in evaluations:
+            last = (j, sign) == evaluations[-1]
+            losses.append((yield Point(U(j), sign, (1 - lam) / len(evaluations), last)))
+        perturbed = sum(losses[1:], losses[0]) / len(losses)
+        if clean is None:
+            return perturbed
+        if measures_trace:
+            step.measurements["nso/trace_estimate"] = 2 * (perturbed - clean) / sigma**2
+        return lam * clean + (1 - lam) * perturbed

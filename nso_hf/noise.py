@@ -1,0 +1,139 @@
+"""Noise U as a pure function of (seed, step, draw, weight, block): no state to save, the same on every replica.
+
+A weight of n elements is cut into blocks of `block_size` elements, counted from the start of the whole
+(unsharded) tensor. Each block has a generator of its own, so that any part of the noise can be drawn
+anywhere, in any order and in parallel, and the global random state is never touched.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Generator, Tensor
+
+from nso_hf.backends import Weight
+
+
+def _normal(u: Tensor, generator: Generator) -> Tensor:
+    return u.normal_(generator=generator)
+
+
+def _uniform(u: Tensor, generator: Generator) -> Tensor:
+    return u.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
+
+
+def _laplace(u: Tensor, generator: Generator) -> Tensor:
+    # The difference of two exponentials of rate sqrt(2): variance 1/2 + 1/2.
+    rate = math.sqrt(2)
+    return u.exponential_(rate, generator=generator) - torch.empty_like(u).exponential_(
+        rate, generator=generator
+    )
+
+
+def _rademacher(u: Tensor, generator: Generator) -> Tensor:
+    return u.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+DISTRIBUTIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
+    "normal": _normal,
+    "uniform": _uniform,
+    "laplace": _laplace,
+    "rademacher": _rademacher,
+}
+"""Name -> sampler that fills a float32 tensor with independent draws of mean 0 and variance 1, symmetric about 0."""
+
+
+def block_size(device: torch.device) -> int:
+    """Elements drawn from one generator: a cache-sized block on the CPU, enough to fill a kernel elsewhere."""
+    return 2**15 if device.type == "cpu" else 2**18
+
+
+def block_seed(seed: int, step: int, draw: int, weight: int, block: int) -> int:
+    """A 63-bit seed hashed from the block's coordinates.
+
+    The CPU generator keeps 32 bits of it, so that two blocks in 4e9 share their noise: too few to move any expectation.
+    """
+    digest = hashlib.blake2b(
+        struct.pack("<5q", seed, step, draw, weight, block), digest_size=8
+    ).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The displacement U, E[U U'] = std^2 I, of draw `draw` of optimizer step `step`."""
+
+    seed: int
+    step: int
+    draw: int
+    std: float
+    distribution: str = "normal"
+
+    def add_to(self, weights: Sequence[Weight]) -> None:
+        """Add to each local weight its part of U, in place."""
+        # `reshape` is a view of a contiguous weight and a copy of any other (transposed, channels-last).
+        flats = [weight.data.reshape(-1) for weight in weights]
+        blocks = [
+            (flat, weight, block)
+            for flat, weight in zip(flats, weights, strict=True)
+            for block in _blocks_of(weight)
+        ]
+        on_cpu = all(flat.device.type == "cpu" for flat in flats)
+        self._add_in_parallel(blocks, workers=torch.get_num_threads() if on_cpu else 1)
+        for flat, weight in zip(flats, weights, strict=True):
+            if not weight.data.is_contiguous():
+                weight.data.copy_(flat.view(weight.data.shape))
+
+    def _add_in_parallel(self, blocks: "list[tuple[Tensor, Weight, int]]", workers: int) -> None:
+        if workers == 1 or len(blocks) < 2 * workers:
+            return self._add_blocks(blocks)
+        share = math.ceil(len(blocks) / (4 * workers))
+        futures: list[Future[None]] = []
+        try:
+            for first in range(0, len(blocks), share):
+                futures.append(
+                    _pool(workers).submit(self._add_blocks, blocks[first : first + share])
+                )
+            for future in futures:
+                future.result()
+        finally:  # an interrupt must not leave a thread writing to weights that are being restored
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+    def _add_blocks(self, blocks: "list[tuple[Tensor, Weight, int]]") -> None:
+        for flat, weight, block in blocks:
+            origin = block * block_size(flat.device)
+            noise = self.block(weight, block)
+            first = max(origin, weight.start)  # positions in the whole tensor
+            end = min(origin + noise.numel(), weight.start + flat.numel())
+            flat[first - weight.start : end - weight.start].add_(
+                noise[first - origin : end - origin], alpha=self.std
+            )
+
+    def block(self, weight: Weight, block: int) -> Tensor:
+        """One whole block of U/std in float32, wherever the shard begins: the last block of a weight ends with it."""
+        size = block_size(weight.data.device)
+        generator = Generator(weight.data.device).manual_seed(
+            block_seed(self.seed, self.step, self.draw, weight.index, block)
+        )
+        empty = torch.empty(
+            min(size, weight.numel - block * size), dtype=torch.float32, device=weight.data.device
+        )
+        return DISTRIBUTIONS[self.distribution](empty, generator)
+
+
+def _blocks_of(weight: Weight) -> range:
+    """The blocks of the whole tensor that overlap the local part of `weight`."""
+    size, stop = block_size(weight.data.device), weight.start + weight.data.numel()
+    return range(weight.start // size, math.ceil(stop / size) if weight.data.numel() else 0)
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="nso-noise")

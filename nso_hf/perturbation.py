@@ -1,0 +1,93 @@
+"""Weights borrowed for an evaluation: moved to W + U or W - U in place, given back bit for bit."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nso_hf.backends import Weight
+
+_CHUNK = 2**22  # elements compared at a time: what `measure` allocates, and no more
+
+
+class Displacement(Protocol):
+    """A displacement U of the weights."""
+
+    def add_to(self, weights: Sequence[Weight]) -> None:
+        """Add U to each local weight, in place."""
+
+
+class Perturbation:
+    """The weights W and where they are now.
+
+    One backup of the local weights is all the memory it takes, from the first displacement on. The restored weights
+    are a copy of that backup: in floating point, W + U - U is not W.
+    """
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self._weights = weights
+        self._data = [weight.data for weight in weights]
+        self._backup: list[Tensor] | None = None
+        self._at: tuple[Displacement, int] | None = None
+
+    def move_to(self, displacement: Displacement | None, sign: int = 1) -> None:
+        """Put the weights at W + sign U, or at W where there is no displacement."""
+        if self._at is not None and self._at == (displacement, -sign):
+            self._reflect()
+        else:
+            self.restore()
+            if displacement is not None:
+                if self._backup is None:
+                    self._backup = [data.clone() for data in self._data]
+                self._at = (displacement, 1)
+                displacement.add_to(self._weights)
+                if sign < 0:
+                    self._reflect()
+        if displacement is not None:
+            self._at = (displacement, sign)
+            torch.clear_autocast_cache()
+
+    def _reflect(self) -> None:
+        """W + U -> W - U = 2 W - (W + U), in one rounding: exactly opposite to the U that was really applied."""
+        assert self._backup is not None
+        torch._foreach_neg_(self._data)
+        torch._foreach_add_(self._data, self._backup, alpha=2)
+
+    def restore(self) -> None:
+        """Put the weights back at W, bit for bit."""
+        if self._at is not None:
+            assert self._backup is not None
+            torch._foreach_copy_(self._data, self._backup)
+            torch.clear_autocast_cache()
+            self._at = None
+
+    def measure(self) -> tuple[float, float]:
+        """The norm of the displacement as the stored weights carry it, and the fraction of elements it moved."""
+        if self._backup is None:
+            return 0.0, 0.0
+        squares = moved = torch.zeros((), dtype=torch.float64)
+        for data, backup in zip(self._data, self._backup, strict=True):
+            for now, before in zip(
+                data.reshape(-1).split(_CHUNK), backup.reshape(-1).split(_CHUNK), strict=True
+            ):
+                difference = now.float() - before.float()
+                squares = squares + difference.square().sum(dtype=torch.float64).cpu()
+                moved = moved + difference.count_nonzero().cpu()
+        elements = sum(data.numel() for data in self._data)
+        return squares.sqrt().item(), (moved / elements).item()
+
+
+@contextmanager
+def borrowed(weights: Sequence[Weight]) -> Iterator[Perturbation]:
+    """The weights, free to move inside; back at W on the way out, whatever happened inside."""
+    perturbation = Perturbation(weights)
+    try:
+        yield perturbation
+    finally:
+        try:
+            perturbation.restore()
+        except BaseException:  # an interrupt in the middle of the copy: finish it first
+            perturbation.restore()
+            raise

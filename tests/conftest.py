@@ -1,0 +1,16 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import: nothing here may ask the network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
