@@ -62,13 +62,13 @@ class NSOTrainerMixin(_Base):
             )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._default_nso_args = NSOArguments()
-        self._micro_batch = 0  # of this process, within the optimizer step
-        self._weights: list[Weight] | None = (
+        self._nso_defaults = NSOArguments()
+        self._nso_micro_batch = 0  # of this process, within the optimizer step
+        self._nso_weights: list[Weight] | None = (
             None  # the perturbed ones, found anew in each optimizer step
         )
-        self._measured_step: int | None = None  # whose measurements go into the next log
-        self._measurements: dict[str, float | Tensor] = {}
+        self._nso_measured_step: int | None = None  # whose measurements go into the next log
+        self._nso_measurements: dict[str, float | Tensor] = {}
         for name in (base.__name__ for base in type(self).__mro__):
             if _GENERATING.match(name):
                 rule = "it generates inside training_step and counts its calls, so that NSO's evaluations would differ"
@@ -79,18 +79,18 @@ class NSOTrainerMixin(_Base):
                     "Use a trainer whose training_step is one forward and backward pass",
                 )
         super().__init__(*args, **kwargs)
-        self._perturbed_weights()
+        self._nso_perturbed()
 
     @property
     def nso_args(self) -> NSOArguments:
         """The options in use."""
-        return self.args if isinstance(self.args, NSOArguments) else self._default_nso_args
+        return self.args if isinstance(self.args, NSOArguments) else self._nso_defaults
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         # Runs when the trainer is built and again in each trial of a hyperparameter search, which sets options.
         self.nso_args.check()
-        self.backend: Backend = select(self.accelerator)
+        self.nso_backend: Backend = select(self.accelerator)
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if "lomo" in optim or "layerwise" in optim:
             rule = "it updates the weights during the backward pass, while they are perturbed"
@@ -109,13 +109,13 @@ class NSOTrainerMixin(_Base):
                 "Launch one process per GPU with torchrun, or show it one GPU",
             )
         METHODS[self.nso_args.method].check_micro_batches(
-            self.nso_args, self.args.gradient_accumulation_steps, self.backend.num_replicas
+            self.nso_args, self.args.gradient_accumulation_steps, self.nso_backend.num_replicas
         )
 
-    def _perturbed_weights(self) -> list[Weight]:
+    def _nso_perturbed(self) -> list[Weight]:
         """The trainable weights that the name patterns select."""
         args = self.nso_args
-        weights = self.backend.weights(self.model)
+        weights = self.nso_backend.weights(self.model)
         for option in ("perturb_include", "perturb_exclude"):
             for pattern in getattr(args, option) or []:
                 if not any(re.search(pattern, weight.name) for weight in weights):
@@ -153,8 +153,8 @@ class NSOTrainerMixin(_Base):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         # Called once per optimizer step, for all its micro-batches.
-        self._micro_batch = 0
-        self._weights = None
+        self._nso_micro_batch = 0
+        self._nso_weights = None
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(
@@ -166,7 +166,7 @@ class NSOTrainerMixin(_Base):
         """Add the method's gradient of one micro-batch to `.grad`; return the loss to report, a detached scalar."""
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers edit the weights here: before they are backed up
-        step = self._open_step()
+        step = self._nso_step()
         points = METHODS[self.nso_args.method](self.nso_args).points(step)
         with borrowed(step.weights) as perturbation:
             point = next(points)
@@ -180,19 +180,19 @@ class NSOTrainerMixin(_Base):
                     step.measurements["nso/perturbation_norm"] = _measured_norm(
                         step.weights, perturbation
                     )
-                loss = self._evaluate(point, step, model, inputs, num_items_in_batch)
+                loss = self._nso_gradient_at(point, step, model, inputs, num_items_in_batch)
                 try:
                     following = points.send(loss)
                 except StopIteration as end:
                     assert point.last, "a method's final point must be marked as the last"
-                    self._keep_measurements(step)
+                    self._nso_keep(step)
                     return end.value
                 assert not point.last, "a method went on after the point it marked as the last"
                 point = following
 
-    def _open_step(self) -> Step:
-        if self._weights is None:
-            self._weights = self._perturbed_weights()
+    def _nso_step(self) -> Step:
+        if self._nso_weights is None:
+            self._nso_weights = self._nso_perturbed()
         number = self.state.global_step
         step = Step(
             seed=self.args.seed,
@@ -200,30 +200,30 @@ class NSOTrainerMixin(_Base):
             progress=min(1.0, (number + 1) / self.state.max_steps)
             if self.state.max_steps > 0
             else 1.0,
-            micro_batch=self._micro_batch * self.backend.num_replicas + self.backend.rank,
-            weights=self._weights,
-            is_measured=self._measured_step is None or self._measured_step == number,
+            micro_batch=self._nso_micro_batch * self.nso_backend.num_replicas + self.nso_backend.rank,
+            weights=self._nso_weights,
+            is_measured=self._nso_measured_step is None or self._nso_measured_step == number,
         )
-        self._micro_batch += 1
+        self._nso_micro_batch += 1
         return step
 
-    def _keep_measurements(self, step: Step) -> None:
+    def _nso_keep(self, step: Step) -> None:
         for name, value in step.measurements.items():
-            self._measured_step = step.number
+            self._nso_measured_step = step.number
             # A micro-batch's loss is its share of the step's: tensors made of losses add up.
-            earlier = self._measurements.get(name)
-            self._measurements[name] = earlier + value if isinstance(earlier, Tensor) else value
+            earlier = self._nso_measurements.get(name)
+            self._nso_measurements[name] = earlier + value if isinstance(earlier, Tensor) else value
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            for name, value in self._measurements.items():
+            for name, value in self._nso_measurements.items():
                 if isinstance(value, Tensor):
                     value = self.accelerator.reduce(value, "mean").item()
                 logs[name] = value
-            self._measurements, self._measured_step = {}, None
+            self._nso_measurements, self._nso_measured_step = {}, None
         super().log(logs, *args, **kwargs)
 
-    def _evaluate(
+    def _nso_gradient_at(
         self,
         point: Point,
         step: Step,
@@ -237,17 +237,17 @@ class NSOTrainerMixin(_Base):
                 keep_random_state = self.nso_args.common_random_numbers or point.weight == 0
                 devices = {weight.data.device for weight in step.weights}
                 stack.enter_context(without_side_effects(self, model, devices, keep_random_state))
-                stack.enter_context(self.backend.accumulate_only(model))
+                stack.enter_context(self.nso_backend.accumulate_only(model))
                 share = 1 if point.weight else _FORWARD_SHARE
                 self.current_flos += share * float(self.floating_point_ops(inputs))
             if point.weight == 0:
                 stack.enter_context(torch.no_grad())
-            stack.enter_context(self._weighted_backward(point.weight))
+            stack.enter_context(self._nso_weighted_backward(point.weight))
             # A shallow copy, since `compute_loss` may pop the labels.
             return super().training_step(model, copy.copy(inputs), num_items_in_batch).float()
 
     @contextmanager
-    def _weighted_backward(self, weight: float) -> Iterator[None]:
+    def _nso_weighted_backward(self, weight: float) -> Iterator[None]:
         """Inside, `accelerator.backward` multiplies the loss by `weight`; the loss that is reported stays as it is."""
         own = vars(self.accelerator).get("backward")
         backward = self.accelerator.backward
