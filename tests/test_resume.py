@@ -1,0 +1,113 @@
+"""A run that stops and goes on ends where the uninterrupted run does, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nso_hf import NSOTrainer
+from tests.reference import config, tiny_llama, token_data
+
+OPTIONS = {
+    "sigma": 0.05,
+    "num_perturbations": 2,
+    "sigma_schedule": "cosine",
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "train_sampling_strategy": "random",
+    "save_strategy": "steps",
+}
+
+
+def trainer_of(directory, **options):
+    args = config(directory, **(OPTIONS | options))
+    return NSOTrainer(model=tiny_llama(dropout=0.1), args=args, train_dataset=token_data(40))
+
+
+@pytest.mark.parametrize("options", [{}, {"log_sharpness": True, "logging_steps": 2}, {"sign": "alternate", "num_perturbations": 1}])  # fmt: skip
+def test_three_steps_and_three_more_are_six(tmp_path, options):
+    whole = trainer_of(tmp_path, max_steps=6, save_steps=3, **options)
+    whole.train()
+    resumed = trainer_of(tmp_path, max_steps=6, save_steps=3, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    a, b = (t.optimizer.state_dict()["state"] for t in (whole, resumed))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[i][name], b[i][name]) for i in a for name in a[i])
+
+
+def test_measuring_does_not_change_training(tmp_path):
+    models = []
+    for options in ({}, {"log_sharpness": True}, {"log_sharpness": True, "logging_steps": 3}):
+        for common in (True, False):
+            trainer = trainer_of(
+                tmp_path, max_steps=4, save_strategy="no", common_random_numbers=common, **options
+            )
+            trainer.train()
+            models.append(list(trainer.model.parameters()))
+    for with_measurement in (models[2], models[4]):
+        assert all(torch.equal(a, b) for a, b in zip(models[0], with_measurement, strict=True))
+    for with_measurement in (models[3], models[5]):
+        assert all(torch.equal(a, b) for a, b in zip(models[1], with_measurement, strict=True))
+    assert not torch.equal(models[0][0], models[1][0])
+
+
+RUN = """
+import sys, time, torch
+from pathlib import Path
+from transformers.trainer_utils import get_last_checkpoint
+from nso_hf import NSOTrainer
+from tests.test_resume import trainer_of
+directory = sys.argv[1]
+trainer = trainer_of(directory, max_steps=30, save_steps=2, save_total_limit=3)
+last = get_last_checkpoint(directory) if Path(directory).is_dir() else None
+trainer.train(resume_from_checkpoint=last)
+trainer.save_model(directory + "/final")
+print("finished", last, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(directory):
+        command = [sys.executable, "-c", RUN, str(directory)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    whole = start(tmp_path / "whole")
+    assert "finished None" in whole.communicate(timeout=120)[0]
+    # Kill once some checkpoint is there, at a moment that differs from run to run.
+    killed = start(tmp_path / "killed")
+    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    time.sleep((time.time_ns() % 1000) / 1000 * 0.5)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    _drop_half_written(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "final").exists()
+    output = start(tmp_path / "killed").communicate(timeout=120)[0]
+    assert "finished" in output and "checkpoint-" in output
+    a = load_file(tmp_path / "whole" / "final" / "model.safetensors")
+    b = load_file(tmp_path / "killed" / "final" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _drop_half_written(directory: Path) -> None:
+    """A checkpoint the Trainer was writing when it was killed lacks its last file; users delete it, and so do we."""
+    for checkpoint in directory.glob("checkpoint-*"):
+        if (
+            not (checkpoint / "rng_state.pth").exists()
+            or not (checkpoint / "trainer_state.json").exists()
+        ):
+            for file in checkpoint.iterdir():
+                file.unlink()
+            checkpoint.rmdir()
