@@ -1,6 +1,13 @@
 """Noise Stability Optimization (arXiv 2306.08553) as a drop-in for the Hugging Face Trainer."""
 
-from nso_hf.arguments import NSOArguments, NSOConfig
+from nso_hf.arguments import NSOArguments, NSOConfig, NSOSeq2SeqConfig
 from nso_hf.trainer import NSOSeq2SeqTrainer, NSOTrainer, NSOTrainerMixin
 
-__all__ = ["NSOArguments", "NSOConfig", "NSOSeq2SeqTrainer", "NSOTrainer", "NSOTrainerMixin"]
+__all__ = [
+    "NSOArguments",
+    "NSOConfig",
+    "NSOSeq2SeqConfig",
+    "NSOSeq2SeqTrainer",
+    "NSOTrainer",
+    "NSOTrainerMixin",
+]

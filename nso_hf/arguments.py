@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from nso_hf.methods import METHODS
 from nso_hf.methods.nso import SIGMA_SCHEDULES
@@ -22,8 +22,8 @@ class NSOArguments:
     Combine them with any training arguments: `class MyConfig(NSOArguments, SFTConfig)`.
 
     Raises:
-        ValueError: an option is out of its range or does not go with another; the message names the option, its value,
-            the rule and the cure.
+        ValueError: an option is out of its range or does not go with another; the message names the
+            option, its value, the rule and the cure.
     """
 
     method: str = field(
@@ -36,7 +36,8 @@ class NSOArguments:
     sigma: float = field(
         default=0.01,
         metadata={
-            "help": "Standard deviation of the noise in each weight, >= 0. At 0 this is plain training."
+            "help": "Standard deviation of the noise in each weight, >= 0. At 0 this is plain "
+            "training."
         },
     )
     num_perturbations: int = field(
@@ -45,68 +46,75 @@ class NSOArguments:
     two_sided: bool = field(
         default=True,
         metadata={
-            "help": "Evaluate at W + U and at W - U, as the paper does; if false, at W + U alone (a control)."
+            "help": "Evaluate at W + U and at W - U, as the paper does; if false, at W + U alone "
+            "(a control)."
         },
     )
     clean_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the gradient at W itself, lambda in the paper, in [0, 1]. The pass at W is only run above 0."
+            "help": "Weight of the gradient at W itself, lambda in the paper, in [0, 1]. The pass "
+            "at W is only run above 0."
         },
     )
     distribution: str = field(
         default="normal",
         metadata={
-            "help": f"Distribution of the noise, one of {', '.join(DISTRIBUTIONS)}; each has mean 0 and deviation sigma.",
+            "help": f"Distribution of the noise, one of {', '.join(DISTRIBUTIONS)}; each has mean "
+            "0 and deviation sigma.",
             "choices": list(DISTRIBUTIONS),
         },
     )
     sigma_schedule: str = field(
         default="constant",
         metadata={
-            "help": f"How sigma rises over training from ~0 to its value, one of {', '.join(SIGMA_SCHEDULES)}.",
+            "help": "How sigma rises over training from ~0 to its value, one of "
+            f"{', '.join(SIGMA_SCHEDULES)}.",
             "choices": list(SIGMA_SCHEDULES),
         },
     )
     sign: str = field(
         default="both",
         metadata={
-            "help": "'both': each micro-batch is evaluated at W + U and W - U. 'alternate': the two signs are dealt to "
-            "successive micro-batches and processes, one evaluation each, at the price of plain training.",
+            "help": "'both': each micro-batch is evaluated at W + U and W - U. 'alternate': the "
+            "two signs are dealt to successive micro-batches and processes, one evaluation each, "
+            "at the price of plain training.",
             "choices": ["both", "alternate"],
         },
     )
     perturb_include: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Regular expressions searched for in the parameters' names: perturb only those that match one. "
-            "Default: every trainable parameter."
+            "help": "Regular expressions searched for in the parameters' names: perturb only those "
+            "that match one. Default: every trainable parameter."
         },
     )
     perturb_exclude: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Regular expressions searched for in the parameters' names: never perturb those that match one."
+            "help": "Regular expressions searched for in the parameters' names: never perturb "
+            "those that match one."
         },
     )
     perturb_min_ndim: int = field(
         default=1,
         metadata={
-            "help": "Perturb only parameters of at least this many dimensions; 2 leaves out biases and gains."
+            "help": "Perturb only parameters of at least this many dimensions; 2 leaves out biases "
+            "and gains."
         },
     )
     common_random_numbers: bool = field(
         default=True,
         metadata={
-            "help": "Use the same dropout masks (all random numbers) in every evaluation of a micro-batch, so that the "
-            "odd terms in U cancel."
+            "help": "Use the same dropout masks (all random numbers) in every evaluation of a "
+            "micro-batch, so that the odd terms in U cancel."
         },
     )
     log_sharpness: bool = field(
         default=False,
         metadata={
-            "help": "Log nso/trace_estimate = [f(W+U) + f(W-U) - 2 f(W)]/sigma^2, an estimate of the trace of the Hessian, "
-            "for one extra forward pass per logging step."
+            "help": "Log nso/trace_estimate = [f(W+U) + f(W-U) - 2 f(W)]/sigma^2, an estimate of "
+            "the trace of the Hessian, for one extra forward pass per logging step."
         },
     )
     method_kwargs: dict[str, Any] | str | None = field(
@@ -117,7 +125,8 @@ class NSOArguments:
     )
 
     def __init_subclass__(cls) -> None:
-        # Makes `class MyConfig(NSOArguments, SFTConfig): ...` whole without a decorator: its __init__ takes both.
+        # Makes `class MyConfig(NSOArguments, SFTConfig): ...` whole without a decorator: its
+        # __init__ takes both.
         dataclass(cls)
 
     def __post_init__(self) -> None:
@@ -125,33 +134,23 @@ class NSOArguments:
             try:
                 self.method_kwargs = json.loads(self.method_kwargs)
             except json.JSONDecodeError as error:
-                raise refusal(
-                    "method_kwargs",
-                    self.method_kwargs,
-                    f"not JSON ({error})",
-                    """Write it as '{"name": 0.1}'""",
-                ) from error
+                rule, cure = f"not JSON ({error})", 'Write it as {"name": 0.1}'
+                raise refusal("method_kwargs", self.method_kwargs, rule, cure) from error
         self.check()
-        if hasattr(super(), "__post_init__"):
-            super().__post_init__()
+        following = getattr(super(), "__post_init__", None)  # that of the training arguments
+        if following is not None:
+            following()
 
     def check(self) -> None:
         """Raise a `ValueError` for an option out of range, or one that does not go with another."""
-        for option, choices in _CHOICES.items():
-            value = getattr(self, option)
-            if value not in choices:
-                raise refusal(
-                    option, value, "unknown", f"Choose one of {', '.join(map(repr, choices))}"
-                )
+        _check_choice("method", self.method, list(METHODS))
+        _check_choice("distribution", self.distribution, list(DISTRIBUTIONS))
+        _check_choice("sigma_schedule", self.sigma_schedule, list(SIGMA_SCHEDULES))
+        _check_choice("sign", self.sign, ["both", "alternate"])
         _check_range("sigma", self.sigma, 0, math.inf, "Typical values are 0.005 to 0.02")
         _check_range("clean_weight", self.clean_weight, 0, 1, "The paper uses 0")
         _check_integer("num_perturbations", self.num_perturbations, 1, "The paper uses 1")
-        _check_integer(
-            "perturb_min_ndim",
-            self.perturb_min_ndim,
-            0,
-            "Use 1 for all parameters, 2 for matrices only",
-        )
+        _check_integer("perturb_min_ndim", self.perturb_min_ndim, 0, "2 means matrices only")
         for option in ("perturb_include", "perturb_exclude"):
             _check_patterns(option, getattr(self, option))
         self._check_method()
@@ -160,28 +159,18 @@ class NSOArguments:
         method = METHODS[self.method]
         given = self.method_kwargs if self.method_kwargs is not None else {}
         if not isinstance(given, dict):
-            raise refusal(
-                "method_kwargs", given, "must be a dict of options", 'Write it as {"name": 0.1}'
-            )
+            cure = 'Write it as {"name": 0.1}'
+            raise refusal("method_kwargs", given, "must be a dict of options", cure)
         for name in given:
             if name not in method.kwargs:
                 takes = f"takes {', '.join(method.kwargs)}" if method.kwargs else "takes none"
-                raise refusal(
-                    "method_kwargs",
-                    given,
-                    f"method {self.method!r} {takes}, not {name!r}",
-                    f"Remove {name!r}",
-                )
+                rule = f"method {self.method!r} {takes}, not {name!r}"
+                raise refusal("method_kwargs", given, rule, f"Remove {name!r}")
         for option in dataclasses.fields(NSOArguments):
-            unread = option.name not in method.options | _OF_EVERY_METHOD
-            if unread and getattr(self, option.name) != option.default:
+            value = getattr(self, option.name)
+            if option.name not in method.options | _OF_EVERY_METHOD and value != option.default:
                 rule = f"method {self.method!r} does not read it"
-                raise refusal(
-                    option.name,
-                    getattr(self, option.name),
-                    rule,
-                    f"Remove it, or set method={'nso'!r}",
-                )
+                raise refusal(option.name, value, rule, "Remove it, or set method='nso'")
         method.check(self)
 
 
@@ -190,22 +179,29 @@ class NSOConfig(NSOArguments, TrainingArguments):
     """`TrainingArguments` with the options of NSO."""
 
 
-_CHOICES = {
-    option.name: option.metadata["choices"]
-    for option in dataclasses.fields(NSOArguments)
-    if "choices" in option.metadata
-}
+@dataclass
+class NSOSeq2SeqConfig(NSOArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the options of NSO."""
+
+
 _OF_EVERY_METHOD = {
-    "method", "method_kwargs", "perturb_include", "perturb_exclude", "perturb_min_ndim", "common_random_numbers",
-}  # fmt: skip
+    "method",
+    "method_kwargs",
+    "perturb_include",
+    "perturb_exclude",
+    "perturb_min_ndim",
+    "common_random_numbers",
+}
+
+
+def _check_choice(option: str, value: str, choices: list[str]) -> None:
+    if value not in choices:
+        raise refusal(option, value, "unknown", f"Choose one of {', '.join(map(repr, choices))}")
 
 
 def _check_range(option: str, value: float, low: float, high: float, hint: str) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not (low <= value <= high and value < math.inf)
-    ):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high and math.isfinite(value)):
         bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise refusal(option, value, f"must be a finite number, {bounds}", hint)
 
@@ -218,19 +214,14 @@ def _check_integer(option: str, value: int, low: int, hint: str) -> None:
 def _check_patterns(option: str, patterns: list[str] | None) -> None:
     if patterns is None:
         return
-    if (
-        isinstance(patterns, str)
-        or not all(isinstance(pattern, str) for pattern in patterns)
-        or not patterns
-    ):
-        raise refusal(
-            option, patterns, "must be a list of regular expressions", "Write it as ['attn', 'mlp']"
-        )
+    are_strings = not isinstance(patterns, str) and all(isinstance(p, str) for p in patterns)
+    if not are_strings or not patterns:
+        cure = "Write it as ['attn', 'mlp']"
+        raise refusal(option, patterns, "must be a list of regular expressions", cure)
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
             rule = f"{pattern!r} is not a regular expression ({error})"
-            raise refusal(
-                option, patterns, rule, "Escape special characters with a backslash"
-            ) from error
+            cure = "Escape special characters with a backslash"
+            raise refusal(option, patterns, rule, cure) from error

@@ -78,5 +78,5 @@ class RecipeParser(HfArgumentParser):
         name = flag.split("=")[0]
         flags = [option for action in self._actions for option in action.option_strings]
         near = get_close_matches(name, flags, n=1)
-        cure = f"Did you mean {near[0]}?" if near else "--help lists the options"
+        cure = f"Did you mean {near[0]}" if near else "--help lists the options"
         raise refusal("option", name, f"unknown{where}", cure)

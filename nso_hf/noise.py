@@ -1,8 +1,9 @@
-"""Noise U as a pure function of (seed, step, draw, weight, block): no state to save, the same on every replica.
+"""Noise U as a pure function of (seed, step, draw, weight, block): no state to save, the same on
+every replica.
 
-A weight of n elements is cut into blocks of `block_size` elements, counted from the start of the whole
-(unsharded) tensor. Each block has a generator of its own, so that any part of the noise can be drawn
-anywhere, in any order and in parallel, and the global random state is never touched.
+A weight of n elements is cut into blocks of `block_size` elements, counted from the start of the
+whole (unsharded) tensor. Each block has a generator of its own, so that any part of the noise can
+be drawn anywhere, in any order and in parallel, and the global random state is never touched.
 """
 
 import hashlib
@@ -45,18 +46,21 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "laplace": _laplace,
     "rademacher": _rademacher,
 }
-"""Name -> sampler that fills a float32 tensor with independent draws of mean 0 and variance 1, symmetric about 0."""
+"""Name -> sampler that fills a float32 tensor with independent draws of mean 0 and variance 1,
+symmetric about 0."""
 
 
 def block_size(device: torch.device) -> int:
-    """Elements drawn from one generator: a cache-sized block on the CPU, enough to fill a kernel elsewhere."""
+    """Elements drawn from one generator: a cache-sized block on the CPU, enough to fill a kernel
+    elsewhere."""
     return 2**15 if device.type == "cpu" else 2**18
 
 
 def block_seed(seed: int, step: int, draw: int, weight: int, block: int) -> int:
     """A 63-bit seed hashed from the block's coordinates.
 
-    The CPU generator keeps 32 bits of it, so that two blocks in 4e9 share their noise: too few to move any expectation.
+    The CPU generator keeps 32 bits of it, so that two blocks in 4e9 share their noise: too few to
+    move any expectation.
     """
     digest = hashlib.blake2b(
         struct.pack("<5q", seed, step, draw, weight, block), digest_size=8
@@ -76,7 +80,8 @@ class Noise:
 
     def add_to(self, weights: Sequence[Weight]) -> None:
         """Add to each local weight its part of U, in place."""
-        # `reshape` is a view of a contiguous weight and a copy of any other (transposed, channels-last).
+        # `reshape` is a view of a contiguous weight and a copy of any other (transposed, channels-
+        # last).
         flats = [weight.data.reshape(-1) for weight in weights]
         blocks = [
             (flat, weight, block)
@@ -117,7 +122,8 @@ class Noise:
             )
 
     def block(self, weight: Weight, block: int) -> Tensor:
-        """One whole block of U/std in float32, wherever the shard begins: the last block of a weight ends with it."""
+        """One whole block of U/std in float32, wherever the shard begins: the last block of a
+        weight ends with it."""
         size = block_size(weight.data.device)
         generator = Generator(weight.data.device).manual_seed(
             block_seed(self.seed, self.step, self.draw, weight.index, block)

@@ -22,8 +22,8 @@ class Displacement(Protocol):
 class Perturbation:
     """The weights W and where they are now.
 
-    One backup of the local weights is all the memory it takes, from the first displacement on. The restored weights
-    are a copy of that backup: in floating point, W + U - U is not W.
+    One backup of the local weights is all the memory it takes, from the first displacement on. The
+    restored weights are a copy of that backup: in floating point, W + U - U is not W.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
@@ -50,7 +50,8 @@ class Perturbation:
             torch.clear_autocast_cache()
 
     def _reflect(self) -> None:
-        """W + U -> W - U = 2 W - (W + U), in one rounding: exactly opposite to the U that was really applied."""
+        """W + U -> W - U = 2 W - (W + U), in one rounding: exactly opposite to the U that was
+        really applied."""
         assert self._backup is not None
         torch._foreach_neg_(self._data)
         torch._foreach_add_(self._data, self._backup, alpha=2)
@@ -64,7 +65,8 @@ class Perturbation:
             self._at = None
 
     def measure(self) -> tuple[float, float]:
-        """The norm of the displacement as the stored weights carry it, and the fraction of elements it moved."""
+        """The norm of the displacement as the stored weights carry it, and the fraction of elements
+        it moved."""
         if self._backup is None:
             return 0.0, 0.0
         squares = moved = torch.zeros((), dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The one form of every error a user can cause: option, value, rule, cure."""
 
 
-class Refusal(ValueError):
+class Refusal(ValueError):  # noqa: N818
     """A value that would make the library do something else than it says."""
 
 

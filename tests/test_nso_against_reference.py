@@ -6,7 +6,8 @@ from torch.optim import SGD
 
 from tests.reference import config, largest_difference, reference_nso, tiny_llama, token_data, train
 
-# Weights are of size 0.1 and move by up to 6e-2; float32 rounding (6e-8 relative) in some tens of sums over 3 steps.
+# Weights are of size 0.1 and move by up to 6e-2; float32 rounding (6e-8 relative) in some tens of
+# sums over 3 steps.
 TOLERANCE = 1e-6
 STEPS, GLOBAL_BATCH, LEARNING_RATE, SIGMA = 3, 8, 1.0, 0.05
 

@@ -102,7 +102,8 @@ def test_an_interrupt_during_the_noise_or_the_restore_is_undone(tmp_path, monkey
 
 
 def test_out_of_memory_retry_starts_from_clean_weights(tmp_path):
-    """`auto_find_batch_size` after an out-of-memory error in the second pass = a run at the smaller batch size."""
+    """`auto_find_batch_size` after an out-of-memory error in the second pass = a run at the smaller
+    batch size."""
     data = token_data(64)
     sizes = []
 
@@ -117,9 +118,14 @@ def test_out_of_memory_retry_starts_from_clean_weights(tmp_path):
     for trainer_class, size in [(OutOfMemoryOnce, 10), (NSOTrainer, 9)]:
         model = tiny_llama()
         args = config(
-            tmp_path, auto_find_batch_size=True, per_device_train_batch_size=size,
-            sign="both", sigma=0.05, learning_rate=1e-2, gradient_accumulation_steps=2,
-        )  # fmt: skip
+            tmp_path,
+            auto_find_batch_size=True,
+            per_device_train_batch_size=size,
+            sign="both",
+            sigma=0.05,
+            learning_rate=1e-2,
+            gradient_accumulation_steps=2,
+        )
         trainer_class(model=model, args=args, train_dataset=data).train()
         results.append(copies(model))
     assert sizes[:4] == [10, 10, 9, 9]
@@ -143,7 +149,8 @@ def test_callbacks_see_unperturbed_weights(tmp_path):
 
 
 def test_a_schedule_free_optimizer_switches_before_the_backup(tmp_path):
-    """Schedule-free optimizers edit the weights in `train()`: that edit must outlive the restore."""
+    """Schedule-free optimizers edit the weights in `train()`: that edit must outlive the
+    restore."""
 
     class Switching(torch.optim.SGD):
         in_training = True

@@ -30,7 +30,14 @@ def trainer_of(directory, **options):
     return NSOTrainer(model=tiny_llama(dropout=0.1), args=args, train_dataset=token_data(40))
 
 
-@pytest.mark.parametrize("options", [{}, {"log_sharpness": True, "logging_steps": 2}, {"sign": "alternate", "num_perturbations": 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"log_sharpness": True, "logging_steps": 2},
+        {"sign": "alternate", "num_perturbations": 1},
+    ],
+)
 def test_three_steps_and_three_more_are_six(tmp_path, options):
     whole = trainer_of(tmp_path, max_steps=6, save_steps=3, **options)
     whole.train()
@@ -102,7 +109,8 @@ def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
 
 
 def _drop_half_written(directory: Path) -> None:
-    """A checkpoint the Trainer was writing when it was killed lacks its last file; users delete it, and so do we."""
+    """A checkpoint the Trainer was writing when it was killed lacks its last file; users delete it,
+    and so do we."""
     for checkpoint in directory.glob("checkpoint-*"):
         if (
             not (checkpoint / "rng_state.pth").exists()

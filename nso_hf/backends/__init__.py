@@ -1,4 +1,5 @@
-"""Where the weights live and how gradients are reduced: the only place that knows how a run is distributed."""
+"""Where the weights live and how gradients are reduced: the only place that knows how a run is
+distributed."""
 
 from nso_hf.backends.base import Backend, Weight
 from nso_hf.backends.selection import select

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 class Weight:
     """The part of one parameter that this process holds.
 
-    `data` is written in place and outside autograd. Its elements are those at the positions `start`, `start` + 1, ...
-    of the whole parameter, flattened in row-major order and of `numel` elements; `index` numbers the parameters of the
-    model, frozen ones included, in the order of `named_parameters()`.
+    `data` is written in place and outside autograd. Its elements are those at the positions
+    `start`, `start` + 1, ... of the whole parameter, flattened in row-major order and of `numel`
+    elements; `index` numbers the parameters of the model, frozen ones included, in the order of
+    `named_parameters()`.
     """
 
     name: str
@@ -38,4 +39,5 @@ class Backend(ABC):
 
     @abstractmethod
     def accumulate_only(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside, a backward pass adds to the local gradients and reduces nothing between processes."""
+        """Inside, a backward pass adds to the local gradients and reduces nothing between
+        processes."""

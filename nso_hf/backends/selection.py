@@ -9,7 +9,8 @@ from nso_hf.refusal import refusal
 
 
 def select(accelerator: Accelerator) -> Backend:
-    """The back end of this run; a `ValueError` where NSO would compute something else than it says."""
+    """The back end of this run; a `ValueError` where NSO would compute something else than it
+    says."""
     cure = "Launch with accelerate_configs/single.yaml or accelerate_configs/ddp.yaml"
     kind = accelerator.distributed_type
     if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):

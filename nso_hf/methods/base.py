@@ -1,8 +1,10 @@
-"""What a method is: at which points the gradient is evaluated, and with what weights the gradients are added."""
+"""What a method is: at which points the gradient is evaluated, and with what weights the gradients
+are added."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
 class Point:
     """One evaluation: the loss at W + `sign` U, whose gradient is added `weight` times.
 
-    At weight 0 there is no backward pass. `last` marks the final evaluation of a micro-batch, in whose backward pass
-    the gradients are reduced between replicas; it has a backward pass.
+    At weight 0 there is no backward pass. `last` marks the final evaluation of a micro-batch: in
+    its backward pass the gradients are reduced between replicas, and of all evaluations it alone
+    updates what a forward pass leaves behind (random state, batch-norm statistics).
     """
 
     displacement: Displacement | None = None
@@ -44,7 +47,8 @@ class Step:
     is_measured: bool
     """Whether this step's measurements are going to be logged."""
     measurements: dict[str, float | Tensor] = field(default_factory=dict)
-    """Filled by the method: name -> value, a tensor's values being added over micro-batches, then averaged over replicas."""
+    """Filled by the method: name -> value, a tensor's values being added over micro-batches, then
+    averaged over replicas."""
 
 
 class Method(ABC):
@@ -52,20 +56,22 @@ class Method(ABC):
 
     options: ClassVar[frozenset[str]]
     """The fields of `NSOArguments` it reads, beyond those that every method obeys."""
-    kwargs: ClassVar[Mapping[str, Any]]
+    kwargs: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Its own options and their defaults, given as `method_kwargs`."""
 
     def __init__(self, args: "NSOArguments") -> None:
         self.args = args
 
-    @classmethod
+    @classmethod  # noqa: B027
     def check(cls, args: "NSOArguments") -> None:
         """Raise a `ValueError` for options that do not fit together."""
 
-    @classmethod
+    @classmethod  # noqa: B027
     def check_micro_batches(cls, args: "NSOArguments", accumulation: int, replicas: int) -> None:
-        """Raise a `ValueError` where an optimizer step has a number of micro-batches that the method cannot use."""
+        """Raise a `ValueError` where an optimizer step has a number of micro-batches that the
+        method cannot use."""
 
     @abstractmethod
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
-        """Yield each point, be sent its loss (a scalar), and return the loss to report for the micro-batch."""
+        """Yield each point, be sent its loss (a scalar), and return the loss to report for the
+        micro-batch."""

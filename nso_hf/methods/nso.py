@@ -2,11 +2,13 @@ r"""Noise Stability Optimization (Zhang, Li, Ju; TMLR 2024, arXiv 2306.08553, Al
 
 Draw U_1 ... U_k ~ P with mean 0, E[U U'] = sigma^2 I, P symmetric. The gradient of a step is
 
-    g = lambda grad f(W) + (1 - lambda)/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)]       two-sided
-    g = lambda grad f(W) + (1 - lambda)/k    sum_j  grad f(W + U_j)                          one-sided
+    g = lambda grad f(W) + (1 - lambda)/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)]
+    two-sided
+    g = lambda grad f(W) + (1 - lambda)/k    sum_j  grad f(W + U_j)
+    one-sided
 
-whose expectation at lambda = 0 is the gradient of E f(W + U) = f(W) + sigma^2/2 Tr Hessian(W) + O(sigma^4).
-With sign="alternate", micro-batch m of the step (over all replicas) has one evaluation,
+whose expectation at lambda = 0 is the gradient of E f(W + U) = f(W) + sigma^2/2 Tr Hessian(W) +
+O(sigma^4). With sign="alternate", micro-batch m of the step (over all replicas) has one evaluation,
 
     g_m = grad f_m(W + (-1)^m U_j),    j = floor(m/2) mod k
 
@@ -39,9 +41,17 @@ class NSO(Method):
     """The average gradient at W + U and W - U."""
 
     options = frozenset(
-        "sigma num_perturbations two_sided clean_weight distribution sigma_schedule sign log_sharpness".split()
+        {
+            "sigma",
+            "num_perturbations",
+            "two_sided",
+            "clean_weight",
+            "distribution",
+            "sigma_schedule",
+            "sign",
+            "log_sharpness",
+        }
     )
-    kwargs = {}
 
     @classmethod
     def check(cls, args: "NSOArguments") -> None:
@@ -60,7 +70,8 @@ class NSO(Method):
             rule = "[f(W+U) + f(W-U) - 2 f(W)]/sigma^2 needs both signs"
             raise refusal("log_sharpness", True, rule, "Set two_sided=True")
         if args.log_sharpness and (args.sigma == 0 or args.clean_weight == 1):
-            rule = f"sigma={args.sigma} and clean_weight={args.clean_weight} leave the weights unperturbed"
+            rule = f"sigma={args.sigma} and clean_weight={args.clean_weight} leave the weights "
+            "unperturbed"
             raise refusal("log_sharpness", True, rule, "Set sigma > 0 and clean_weight < 1")
 
     @classmethod
@@ -68,10 +79,13 @@ class NSO(Method):
         evaluations = 2 * args.num_perturbations
         if args.sign == "alternate" and accumulation * replicas % evaluations:
             rule = (
-                f"gradient_accumulation_steps ({accumulation}) x data-parallel processes ({replicas}) must be a "
-                f"multiple of 2 x num_perturbations ({evaluations}), so that each U meets as many + as - signs"
+                f"gradient_accumulation_steps ({accumulation}) x data-parallel processes "
+                f"({replicas}) must be a "
+                f"multiple of 2 x num_perturbations ({evaluations}), so that each U meets as many "
+                "+ as - signs"
             )
-            cure = f"Set gradient_accumulation_steps to a multiple of {math.lcm(evaluations, replicas) // replicas}"
+            cure = "Set gradient_accumulation_steps to a multiple of "
+            f"{math.lcm(evaluations, replicas) // replicas}"
             raise refusal("sign", "alternate", rule, f"{cure}, or use sign='both'")
 
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:

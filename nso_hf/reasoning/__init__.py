@@ -1,1 +1,2 @@
-"""Questions answered by a chain of thought: data, prompts, answers and their evaluation by generation."""
+"""Questions answered by a chain of thought: data, prompts, answers and their evaluation by
+generation."""

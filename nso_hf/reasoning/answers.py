@@ -12,7 +12,8 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 
 
 def numbers(text: str) -> list[Fraction]:
-    """The numbers of a text in their order: thousands separators, decimals and a/b are read as one number."""
+    """The numbers of a text in their order: thousands separators, decimals and a/b are read as one
+    number."""
     found = []
     # A minus sign belongs to the number unless it stands between two: 3-4 holds 3 and 4.
     for match in _NUMBER.finditer(text):
@@ -34,7 +35,11 @@ def is_numeric(answer: str) -> bool:
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous white space: "(B)" -> "b"."""
-    words = text.lower().translate(str.maketrans(dict.fromkeys(string.punctuation, " "))).split()
+    words = (
+        text.lower()
+        .translate(str.maketrans(string.punctuation, " " * len(string.punctuation)))
+        .split()
+    )
     return " ".join(word for word in words if word not in ("a", "an", "the") or len(words) == 1)
 
 
@@ -44,7 +49,8 @@ class Judgement:
 
     prediction: str
     correct: bool
-    """The prediction equals the answer: as a number where the answer is one, else as a normalised string."""
+    """The prediction equals the answer: as a number where the answer is one, else as a normalised
+    string."""
     contains_answer: bool
     """The answer stands somewhere in the text."""
     correct_format: bool
@@ -54,14 +60,15 @@ class Judgement:
 def judge(text: str, answer: str) -> Judgement:
     """Compare a generated text with the right answer.
 
-    The prediction is what follows the marker, to the end of the line. Where there is no marker, so that a model
-    that was never taught it gets its due, it is the last number (numeric answers) or the last line.
+    The prediction is what follows the marker, to the end of the line. Where there is no marker, so
+    that a model that was never taught it gets its due, it is the last number (numeric answers) or
+    the last line.
     """
     _, marker, after = text.partition(MARKER)
     prediction = next((line.strip() for line in after.splitlines() if line.strip()), "")
     correct_format = bool(prediction) and MARKER not in after
     if is_numeric(answer):
-        (right,) = numbers(answer.strip().lstrip("$")) or [None]
+        right = numbers(answer.strip().lstrip("$"))[0]
         found = numbers(prediction if marker else text)
         correct = bool(found) and found[0 if marker else -1] == right
         contains = right in numbers(text)

@@ -21,7 +21,8 @@ class Evaluation:
     """The judged answers to a set of questions."""
 
     predictions: list[dict[str, Any]]
-    """One per question: question, answer, completion, prediction, correct, contains_answer, correct_format, complete."""
+    """One per question: question, answer, completion, prediction, correct, contains_answer,
+    correct_format, complete."""
 
     def count(self, measure: str) -> int:
         """How many answers are "correct", "contains_answer", "correct_format" or "complete"."""
@@ -52,9 +53,11 @@ def evaluate_answers(
     max_new_tokens: int = 128,
     description: str = "Answering",
 ) -> Evaluation:
-    """Answer each question greedily, the questions being dealt over the processes, and judge the answers.
+    """Answer each question greedily, the questions being dealt over the processes, and judge the
+    answers.
 
-    `complete` says that the model ended its answer itself within `max_new_tokens`. The model's mode is left as it was.
+    `complete` says that the model ended its answer itself within `max_new_tokens`. The model's mode
+    is left as it was.
     """
     tokenizer = prompt_format.tokenizer
     questions = list(dict.fromkeys(example.question for example in examples))
@@ -73,7 +76,7 @@ def evaluate_answers(
             padding_side="right" if prompt_format.is_encoder_decoder else "left",
             return_tensors="pt",
         ).to(model.device)
-        outputs = model.generate(
+        outputs = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -82,7 +85,7 @@ def evaluate_answers(
         )
         prompt_length = 1 if prompt_format.is_encoder_decoder else inputs["input_ids"].shape[1]
         for question, tokens in zip(batch, outputs[:, prompt_length:], strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
             judgement = judge(text, answers[question])
             predictions.append(
                 {

@@ -4,7 +4,6 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ _SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "
 
 @dataclass(frozen=True)
 class Example:
-    """One question; `rationales` may be several (as from a teacher), or none where only the answer is known."""
+    """One question; `rationales` may be several (as from a teacher), or none where only the answer
+    is known."""
 
     question: str
     answer: str
@@ -96,7 +96,8 @@ def load_examples(
     config: str | None = None,
     columns: Columns | None = None,
 ) -> list[Example] | None:
-    """The examples of one split of a hub data set, a local file (split "train") or a folder of files named after splits.
+    """The examples of one split of a hub data set, a local file (split "train") or a folder of
+    files named after splits.
 
     None where there is no such split.
 
@@ -118,9 +119,9 @@ def load_examples(
         if split not in get_dataset_split_names(dataset, config):
             return None
         rows = load_dataset(dataset, config, split=split)
-    parse = partial(PRESETS[preset].parse, columns=columns)
+    parse = PRESETS[preset].parse
     try:
-        return [parse(row) for row in rows]
+        return [parse(row, columns) for row in rows]
     except KeyError as error:
         there = f"{dataset} has the columns {', '.join(rows.column_names)}"
         cure = "Set --question_column, --rationale_column and --answer_column, or --preset"
@@ -142,7 +143,8 @@ def _local_files(path: Path) -> dict[str, Path]:
 def hold_out(
     examples: Sequence[Example], count: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """The examples without `count` questions drawn at random, and those questions: no question is in both."""
+    """The examples without `count` questions drawn at random, and those questions: no question is
+    in both."""
     questions = list(dict.fromkeys(example.question for example in examples))
     held = set(random.Random(seed).sample(questions, min(count, len(questions))))
     kept = [example for example in examples if example.question not in held]

@@ -33,7 +33,7 @@ def _leg_counting(metadata: Metadata) -> str:
     for animal, count in metadata["animals"].items():
         legs = count * ANIMALS[animal]
         steps.append(f"{count} {animal}s have {count} * {ANIMALS[animal]} = {legs} legs.")
-        if total:
+        if len(steps) > 1:
             steps.append(f"{total} + {legs} = {total + legs}.")
         total += legs
     return " ".join(steps)

@@ -14,8 +14,9 @@ from nso_hf.reasoning.examples import Example
 class PromptFormat:
     """The text around a question, a rationale and an answer.
 
-    Plain: "{question} ###" -> " {rationale} --> {answer}". Chat: the question and the instruction are the user's
-    message in the model's own template, and the completion is its reply. Without rationales, " --> {answer}".
+    Plain: "{question} ###" -> " {rationale} --> {answer}". Chat: the question and the instruction
+    are the user's message in the model's own template, and the completion is its reply. Without
+    rationales, " --> {answer}".
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,7 +52,8 @@ class PromptFormat:
         return ids
 
     def training_rows(self, example: Example) -> list[dict[str, list[int]]]:
-        """One row per rationale, with labels on the completion and its end-of-text token only (-100 elsewhere)."""
+        """One row per rationale, with labels on the completion and its end-of-text token only (-100
+        elsewhere)."""
         prompt = self.prompt_ids(example.question)
         rows = []
         for text in self.completions(example):

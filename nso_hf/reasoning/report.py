@@ -11,6 +11,12 @@ _MEASURES = {
     "complete": "complete",
 }
 
+_TITLES = {
+    "loss": "Loss per token, nats",
+    "eval_accuracy": "Validation accuracy",
+    "nso/perturbation_norm": "Norm of the perturbation applied",
+}
+
 
 def print_results(
     before: Mapping[str, float] | None,
@@ -55,15 +61,19 @@ def plot_training(log: Sequence[Mapping[str, Any]], path: Path) -> None:
         entries = [entry for entry in log if name in entry]
         return [entry["step"] for entry in entries], [entry[name] for entry in entries]
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    axes[0].plot(*series("loss"), label="training, mean over W ± U")
-    axes[0].plot(*series("eval_loss"), "o-", label="validation, at W")
-    axes[0].set(title="Loss per token", xlabel="optimizer step", ylabel="nats")
-    axes[0].legend()
-    axes[1].plot(*series("eval_accuracy"), "o-", color="tab:green")
-    axes[1].set(title="Validation accuracy", xlabel="optimizer step", ylim=(0, 1))
-    axes[2].plot(*series("nso/perturbation_norm"), color="tab:red")
-    axes[2].set(title="Perturbation applied, ‖U‖", xlabel="optimizer step")
-    axes[2].set_ylim(bottom=0)
+    panels = [
+        name for name in ("loss", "eval_accuracy", "nso/perturbation_norm") if series(name)[0]
+    ]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.5), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[0], panels, strict=True):
+        axis.plot(*series(name), "o-", markersize=3, label="training, mean over evaluations")
+        axis.set_xlabel("optimizer step")
+        axis.set_ylim(bottom=0, top=1 if name == "eval_accuracy" else 1.1 * max(series(name)[1]))
+        axis.set_title(_TITLES[name])
+        if name == "loss" and series("eval_loss")[0]:
+            axis.plot(*series("eval_loss"), "s-", label="validation, at W")
+            axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,4 +1,5 @@
-"""Runs training cases in each of several processes and saves what came out: `torchrun ... worker.py CASES OUTPUT`."""
+"""Runs training cases in each of several processes and saves what came out: `torchrun ... worker.py
+CASES OUTPUT`."""
 
 import json
 import sys

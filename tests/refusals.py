@@ -1,0 +1,228 @@
+"""Wrong inputs and what each is answered with: `python -m tests.refusals` prints the table of
+docs/refusals.md."""
+
+import contextlib
+import io
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from nso_hf import NSOConfig, NSOSeq2SeqTrainer, NSOTrainer, NSOTrainerMixin
+from nso_hf.refusal import Refusal
+from recipes.cot_finetuning import main
+from tests.reference import config, tiny_llama, token_data
+from tests.tiny_models import save_model
+
+
+def option(**options) -> Callable[[Path], object]:
+    return lambda folder: config(folder, **options)
+
+
+def trainer(model=None, trainer_class=NSOTrainer, **options) -> Callable[[Path], object]:
+    def build(folder: Path) -> object:
+        the_model = model() if model else tiny_llama()
+        return trainer_class(
+            model=the_model, args=config(folder, **options), train_dataset=token_data(4)
+        )
+
+    return build
+
+
+def recipe(
+    *flags: str, write: dict[str, str] | None = None, model: str = "gpt2"
+) -> Callable[[Path], object]:
+    """The recipe with `{folder}` standing for a folder that holds `model`, train.jsonl and the
+    files of `write`."""
+
+    def run(folder: Path) -> object:
+        save_model(model, folder / "model")
+        rows = [
+            '{"question": "1 + %d =", "rationale": "count", "answer": "%d"}' % (i, i + 1)
+            for i in range(20)
+        ]
+        files = {"data/train.jsonl": "\n".join(rows), **(write or {})}
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_text(text)
+        base = {
+            "--model_name_or_path": f"{folder}/model",
+            "--dataset": f"{folder}/data",
+            "--output_dir": f"{folder}/out",
+            "--use_cpu": "true",
+            "--report_to": "none",
+            "--validation_size": "4",
+            "--test_size": "4",
+        }
+        given = [flag.format(folder=folder) for flag in flags]
+        command = [
+            *given,
+            *(word for flag, value in base.items() if flag not in given for word in (flag, value)),
+        ]
+        return main(command)
+
+    return run
+
+
+def frozen() -> nn.Module:
+    return tiny_llama().requires_grad_(False)
+
+
+def in_integers() -> nn.Module:
+    model = tiny_llama()
+    model.scale = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn))
+    return model
+
+
+def offloaded() -> nn.Module:
+    """As a model dispatched over several devices, part of it not in memory."""
+    model = tiny_llama()
+    model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model.model.layers[1].to("meta")
+    return model
+
+
+class GRPOTrainer(Trainer):
+    """Stands for TRL's: refused by its name, since it generates inside `training_step`."""
+
+
+class Grouped(NSOTrainerMixin, GRPOTrainer):
+    pass
+
+
+class TwoGPUs(NSOConfig):
+    @property
+    def n_gpu(self) -> int:
+        return 2
+
+
+def two_gpus(folder: Path) -> object:
+    args = TwoGPUs(str(folder), use_cpu=True, report_to=[])
+    return NSOTrainer(model=tiny_llama(), args=args, train_dataset=token_data(4))
+
+
+def mixin_last(folder: Path) -> object:
+    return type("Wrong", (Trainer, NSOTrainerMixin), {})
+
+
+def plain_arguments_for_seq2seq(folder: Path) -> object:
+    return NSOSeq2SeqTrainer(model=tiny_llama(), args=TrainingArguments(str(folder), use_cpu=True))
+
+
+LIBRARY: dict[str, Callable[[Path], object]] = {
+    "sigma negative": option(sigma=-0.1),
+    "sigma infinite": option(sigma=float("inf")),
+    "sigma not a number": option(sigma=float("nan")),
+    "sigma as text": option(sigma="big"),
+    "no perturbations": option(num_perturbations=0),
+    "half a perturbation": option(num_perturbations=1.5),
+    "lambda above 1": option(clean_weight=1.1),
+    "unknown distribution": option(distribution="binomial"),
+    "unknown method": option(method="sharpness"),
+    "unknown schedule": option(sigma_schedule="step"),
+    "unknown sign": option(sign="minus"),
+    "negative dimensions": option(perturb_min_ndim=-1),
+    "pattern not in a list": option(perturb_include="attn"),
+    "pattern that is no regular expression": option(perturb_exclude=["("]),
+    "options of another method": option(method_kwargs={"rho": 0.05}),
+    "method options that are no JSON": option(method_kwargs="{rho: 1"),
+    "method options that are a list": option(method_kwargs=[1]),
+    "alternate with lambda": option(sign="alternate", clean_weight=0.3),
+    "alternate, one-sided": option(sign="alternate", two_sided=False),
+    "alternate with sharpness": option(sign="alternate", log_sharpness=True),
+    "sharpness, one-sided": option(log_sharpness=True, two_sided=False),
+    "sharpness without noise": option(log_sharpness=True, sigma=0.0),
+    "alternate over an odd count": trainer(sign="alternate", gradient_accumulation_steps=3),
+    "alternate with too few micro-batches": trainer(
+        sign="alternate", gradient_accumulation_steps=2, num_perturbations=2
+    ),
+    "pattern that matches nothing": trainer(perturb_include=["attention_of_another_model"]),
+    "exclusion that matches nothing": trainer(perturb_exclude=["lm_heads"]),
+    "everything excluded": trainer(perturb_exclude=["."]),
+    "no trainable parameters": trainer(model=frozen),
+    "quantised parameter": trainer(model=in_integers),
+    "offloaded weights": trainer(model=offloaded),
+    "LOMO": trainer(optim="lomo"),
+    "AdaLOMO": trainer(optim="adalomo"),
+    "layer-wise GaLore": trainer(optim="galore_adamw_layerwise", optim_target_modules=["mlp"]),
+    "DataParallel": two_gpus,
+    "trainer that generates": trainer(trainer_class=Grouped),
+    "mixin behind the trainer": mixin_last,
+    "seq2seq trainer with plain arguments": plain_arguments_for_seq2seq,
+}
+
+RECIPE: dict[str, Callable[[Path], object]] = {
+    "unknown flag": recipe("--sigmma", "0.1"),
+    "sigma negative, by flag": recipe("--sigma", "-1"),
+    "config that does not exist": recipe("--config", "{folder}/none.yaml"),
+    "config with an unknown option": recipe(
+        "--config", "{folder}/c.yaml", write={"c.yaml": "sgima: 0.1"}
+    ),
+    "config that is no mapping": recipe("--config", "{folder}/c.yaml", write={"c.yaml": "- sigma"}),
+    "config that is no YAML": recipe("--config", "{folder}/c.yaml", write={"c.yaml": "a: [1"}),
+    "no such model": recipe("--model_name_or_path", "{folder}/none"),
+    "no such package": recipe("--model_name_or_path", "package:not_installed"),
+    "no such file": recipe("--dataset", "{folder}/none.jsonl"),
+    "folder without data": recipe("--dataset", "{folder}/model/..", write={"x.txt": ""}),
+    "no such column": recipe("--question_column", "problem"),
+    "not the preset's format": recipe("--preset", "gsm8k"),
+    "no rationales": recipe(
+        "--rationale_column",
+        "reason",
+        write={
+            "data/train.jsonl": "\n".join(
+                '{"question": "%d", "answer": "a"}' % i for i in range(20)
+            )
+        },
+    ),
+    "too few questions": recipe("--test_size", "30"),
+    "no such task": recipe("--dataset", "reasoning_gym:chain_sums"),
+    "task options refused by the task": recipe(
+        "--dataset", "reasoning_gym:chain_sum", "--dataset_kwargs", '{{"min_terms": -3}}'
+    ),
+    "task options without a task": recipe("--dataset_kwargs", '{{"min_terms": 3}}'),
+    "LoRA rank 0": recipe("--lora_r", "0"),
+    "LoRA options without LoRA": recipe("--lora_alpha", "16"),
+    "LoRA target that the model lacks": recipe("--lora_r", "4", "--lora_target_modules", "q_proj"),
+    "chat format without a template": recipe("--template", "chat"),
+    "every text too long": recipe("--max_length", "3"),
+    "test of no questions": recipe("--test_size", "0"),
+    "output of an earlier run": recipe(write={"out/results.json": "{{}}"}),
+    "nothing to resume": recipe("--resume_from_checkpoint", "last"),
+    "resume from nowhere": recipe("--resume_from_checkpoint", "{folder}/none"),
+    "pattern that matches nothing, by flag": recipe("--perturb_include", "lora_A"),
+}
+
+
+def message(case: Callable[[Path], object]) -> str:
+    """The message of the refusal, without the path of the temporary folder."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            case(Path(folder))
+        except Refusal as error:
+            text = str(error).replace(folder, "FOLDER")
+            return re.sub(r"\s*\n\s*", " ", text)
+    raise AssertionError("it was not refused")
+
+
+def table() -> str:
+    lines = [
+        "# Wrong inputs and their messages",
+        "",
+        "Made by `python -m tests.refusals > docs/refusals.md`; a test compares. Everything here "
+        "is refused when the",
+        "options, the trainer or the recipe are built: before anything is trained or overwritten.",
+    ]
+    for title, cases in {"Library": LIBRARY, "Recipe": RECIPE}.items():
+        lines += ["", f"## {title}", "", "| wrong input | message |", "|---|---|"]
+        for name, case in cases.items():
+            lines.append(f"| {name} | `{message(case).replace('|', '¦')}` |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
