@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from nso_hf.refusal import refusal
+from nso_hf.refusal import Refusal, refusal
 
 
 class RecipeParser(HfArgumentParser):
@@ -52,7 +52,12 @@ class RecipeParser(HfArgumentParser):
     @staticmethod
     def _fill(kind: Any, values: dict[str, Any]) -> Any:
         names = [name for name, field in kind.__dataclass_fields__.items() if field.init]
-        return kind(**{name: values[name] for name in names if name in values})
+        try:
+            return kind(**{name: values[name] for name in names if name in values})
+        except Refusal:
+            raise
+        except ValueError as error:  # of the training arguments' own checks
+            raise Refusal(str(error)) from error
 
     def _set_defaults_from(self, path: Path) -> None:
         import yaml

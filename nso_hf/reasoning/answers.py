@@ -15,11 +15,11 @@ def numbers(text: str) -> list[Fraction]:
     """The numbers of a text in their order: thousands separators, decimals and a/b are read as one
     number."""
     found = []
-    # A minus sign belongs to the number unless it stands between two: 3-4 holds 3 and 4.
+    # A minus sign belongs to the number unless something is subtracted from: 3-4 is 3 and 4.
     for match in _NUMBER.finditer(text):
         digits = match.group().replace(",", "")
         before = text[: match.start()].rstrip()
-        if digits.startswith("-") and before and before[-1].isalnum():
+        if digits.startswith("-") and before and (before[-1].isdigit() or before[-1] == ")"):
             digits = digits[1:]
         numerator, _, denominator = digits.partition("/")
         if denominator and int(denominator) == 0:

@@ -1,0 +1,278 @@
+"""The chain-of-thought recipe from its command line to its files, on tiny models."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nso_hf.reasoning.answers import judge
+from nso_hf.reasoning.evaluation import evaluate_answers
+from nso_hf.reasoning.examples import Example
+from nso_hf.reasoning.prompts import PromptFormat
+from recipes.cot_finetuning import main
+from tests.distributed.test_ddp import run_processes
+from tests.tiny_models import byte_tokenizer, save_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def flags(model, output, **options):
+    base = {
+        "model_name_or_path": model,
+        "dataset": "reasoning_gym:chain_sum",
+        "dataset_kwargs": '{"max_terms": 2, "max_digits": 1}',
+        "train_size": 40,
+        "validation_size": 6,
+        "test_size": 8,
+        "max_new_tokens": 12,
+        "max_length": 220,
+        "output_dir": output,
+        "use_cpu": "true",
+        "report_to": "none",
+        "max_steps": 4,
+        "logging_steps": 1,
+        "sigma": 0.02,
+        "per_device_train_batch_size": 4,
+        "disable_tqdm": "true",
+    }
+    merged = {**base, **options}
+    return [str(word) for name, value in merged.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"lora_r": 4, "lora_target_modules": "c_attn", "lora_dropout": 0.1}),
+        ("llama", {"lora_r": 4, "gradient_checkpointing": "true"}),
+        ("t5", {"num_perturbations": 2}),
+        (
+            "llama",
+            {
+                "format": "answer",
+                "template": "plain",
+                "dataset": "reasoning_gym:letter_counting",
+                "dataset_kwargs": "{}",
+            },
+        ),
+    ],
+)
+def test_any_model_end_to_end(tmp_path, kind, options):
+    model = save_model(kind, tmp_path / "model")
+    output = tmp_path / "out"
+    evaluation = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": "true",
+        "metric_for_best_model": "eval_loss",
+    }
+    main(flags(model, output, **evaluation, **options))
+    results = json.loads((output / "results.json").read_text())
+    assert (
+        results["steps"] == 4
+        and results["before"]["questions"] == results["after"]["questions"] == 8
+    )
+    assert results["nso_options"]["sigma"] == 0.02 and results["processes"] == 1
+    best = min((e for e in results["log"] if "eval_loss" in e), key=lambda e: e["eval_loss"])
+    assert results["best_checkpoint"].endswith(f"checkpoint-{best['step']}")
+    assert 0 <= best["eval_accuracy"] <= 1
+    norms = [e["nso/perturbation_norm"] for e in results["log"] if "loss" in e]
+    assert len(norms) == 4 and min(norms) > 0
+    predictions = [
+        json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()
+    ]
+    assert len(predictions) == 8
+    assert results["after"]["correct"] == sum(p["correct"] for p in predictions)
+    for p in predictions:
+        again = judge(p["completion"], p["answer"])
+        assert (again.correct, again.prediction) == (p["correct"], p["prediction"])
+    assert (output / "training.png").read_bytes()[:4] == b"\x89PNG"
+    assert (output / ("adapter_config.json" if "lora_r" in options else "config.json")).exists()
+
+
+def test_resume_is_the_uninterrupted_run(tmp_path, capsys):
+    model = save_model("gpt2", tmp_path / "model")
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "lora_r": 4, "seed": 5}
+    main(flags(model, tmp_path / "whole", **saving))
+    # A run that ends at 3 of 6 steps: interrupted just after the checkpoint.
+    from transformers import Trainer
+
+    original = Trainer._maybe_log_save_evaluate
+
+    def interrupt(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+
+    Trainer._maybe_log_save_evaluate = interrupt
+    try:
+        with pytest.raises(SystemExit, match=r"Interrupted at step 4; .*checkpoint-3.*goes on"):
+            main(flags(model, tmp_path / "part", **saving))
+    finally:
+        Trainer._maybe_log_save_evaluate = original
+    main(flags(model, tmp_path / "part", **saving, resume_from_checkpoint="last"))
+    from safetensors.torch import load_file
+
+    a, b = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "part"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    whole, part = (
+        json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "part")
+    )
+    assert whole["before"] == part["before"] and whole["after"] == part["after"]
+
+
+def test_yaml_and_flags(tmp_path):
+    from nso_hf import NSOConfig
+    from nso_hf.command_line import RecipeParser
+    from recipes.cot_finetuning import DataOptions, ModelOptions
+
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model_name_or_path: m\ndataset: gsm8k\noutput_dir: o\nlearning_rate: 1e-4\nsigma: 0.02\n"
+        "perturb_include: [lora_A, lora_B]\ntwo_sided: false\nuse_cpu: true\nmax_steps: 7\n"
+    )
+    parser = RecipeParser([ModelOptions, DataOptions, NSOConfig])
+    model, data, args = parser.parse(["--config", str(path), "--sigma", "0.03", "--max_steps=9"])
+    assert (model.model_name_or_path, data.dataset, data.preset) == ("m", "gsm8k", "gsm8k")
+    assert args.learning_rate == 1e-4 and args.sigma == 0.03 and args.max_steps == 9
+    assert args.perturb_include == ["lora_A", "lora_B"] and args.two_sided is False
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("*.yaml")))
+def test_shipped_configs_are_valid(config, tmp_path):
+    from nso_hf import NSOConfig
+    from nso_hf.command_line import RecipeParser
+    from recipes.cot_finetuning import DataOptions, ModelOptions
+
+    parser = RecipeParser([ModelOptions, DataOptions, NSOConfig])
+    required = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    _, _, args = parser.parse(["--config", str(config), *required])
+    assert args.sigma == 0.01
+
+
+def test_help_and_a_missing_option_fit_a_terminal():
+    environment = os.environ | {"COLUMNS": "100"}
+    command = [sys.executable, str(ROOT / "recipes" / "cot_finetuning.py")]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0
+    for name in ("--sigma", "--lora_r", "--dataset", "--config", "--learning_rate"):
+        assert re.search(rf"^  {name}\b", done.stdout, re.M)
+    assert "nso_hf" not in done.stdout.split("options:")[0]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip()
+        .splitlines()[-2]
+        .startswith("error: the following arguments are required")
+    )
+    done = subprocess.run(
+        [*command, "--sigmma", "1", "--model_name_or_path", "m", "--dataset", "gsm8k"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == (
+        "error: option='--sigmma': unknown. Did you mean --sigma."
+    )
+
+
+class Parrot(torch.nn.Module):
+    """Generates given texts, one after the other."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, texts, tokenizer):
+        super().__init__()
+        self.texts, self.tokenizer = dict(texts), tokenizer
+
+    def generate(self, input_ids, attention_mask, **kwargs):
+        assert not self.training and kwargs["do_sample"] is False
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            prompt = self.tokenizer.decode(ids[mask.bool()])
+            text = self.texts[prompt.removesuffix(" ###")]
+            rows.append(torch.tensor(self.tokenizer(text)["input_ids"][: kwargs["max_new_tokens"]]))
+        new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+        return torch.cat([input_ids, new], dim=1)
+
+
+def test_evaluation_counts_what_the_model_says():
+    from accelerate import Accelerator
+
+    tokenizer = byte_tokenizer()
+    said = {
+        "short": " 1 + 1 --> 2</s>",
+        "a longer question": " --> 3</s>",
+        "q": " the answer is 2</s>",
+        "unfinished": " on and on and on and on",
+    }
+    examples = [Example(question, "2") for question in said]
+    model = Parrot(said, tokenizer).train()
+    evaluation = evaluate_answers(
+        model,
+        PromptFormat(tokenizer),
+        examples,
+        Accelerator(cpu=True),
+        batch_size=3,
+        max_new_tokens=20,
+    )
+    assert [p["question"] for p in evaluation.predictions] == list(said)
+    metrics = evaluation.metrics
+    assert metrics["accuracy"] == 0.5 and metrics["contains_answer"] == 0.5
+    assert metrics["correct_format"] == 0.5 and metrics["complete"] == 0.75
+    assert metrics["accuracy_stderr"] == pytest.approx((0.25 / 4) ** 0.5)
+    assert evaluation.count("correct") == 2 and model.training
+
+
+@pytest.mark.distributed
+def test_torchrun_with_two_processes(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2}
+    run_processes(
+        [
+            str(ROOT / "recipes" / "cot_finetuning.py"),
+            *flags(model, tmp_path / "out", **evaluation),
+        ],
+        timeout=180,
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["processes"] == 2 and results["backend"] == "Replicated"
+    assert results["after"]["questions"] == 8
+    # The same run in one process, with the same global batch: the same losses.
+    main(flags(model, tmp_path / "one", **evaluation, per_device_train_batch_size=8, seed=42))
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    losses, expected = ([e["loss"] for e in r["log"] if "loss" in e] for r in (results, one))
+    assert losses == pytest.approx(expected, abs=1e-4)  # of ~5.5, in float32, over four steps
+    assert results["before"] == one["before"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["single", "ddp"])
+def test_accelerate_launch(tmp_path, config):
+    model = save_model("gpt2", tmp_path / "model")
+    if config == "ddp" and torch.cuda.device_count() < 2:
+        # Without GPUs accelerate starts one process, silently: what the file says is checked instead.
+        import yaml
+
+        settings = yaml.safe_load((ROOT / "accelerate_configs" / "ddp.yaml").read_text())
+        assert settings["distributed_type"] == "MULTI_GPU" and settings["num_processes"] > 1
+        return
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / f"accelerate_configs/{config}.yaml"),
+        str(ROOT / "recipes" / "cot_finetuning.py"),
+        *flags(model, tmp_path / "out", max_steps=2),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["processes"] == 1 and results["steps"] == 2
