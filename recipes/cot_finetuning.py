@@ -29,9 +29,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from nso_hf import NSOArguments, NSOConfig, NSOTrainer
+from nso_hf.checkpoints import last_complete_checkpoint
 from nso_hf.command_line import RecipeParser
 from nso_hf.reasoning.evaluation import Evaluation, evaluate_answers
 from nso_hf.reasoning.examples import (
@@ -345,7 +345,7 @@ def checkpoint_to_resume(args: NSOConfig) -> str | None:
     """The checkpoint named by --resume_from_checkpoint ("last" finds it); never over the results of
     another run."""
     asked, output = args.resume_from_checkpoint, Path(str(args.output_dir))
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    last = last_complete_checkpoint(output)
     if asked is None:
         if last is not None or (output / "results.json").exists():
             rule = "holds the checkpoints or results of an earlier run"
@@ -444,8 +444,10 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint and before_file.exists():
         before = json.loads(before_file.read_text())
     elif data.evaluate_before and not checkpoint:
-        before = summary(answer(test, "Test, before training"))
+        answers_before = answer(test, "Test, before training")
+        before = summary(answers_before)
         if trainer.is_world_process_zero():
+            answers_before.write(output / "predictions_before.jsonl")
             before_file.write_text(json.dumps(before, indent=2))
     else:
         before = None
@@ -453,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        last = get_last_checkpoint(str(output))
+        last = last_complete_checkpoint(output)
         cure = (
             "the same command with --resume_from_checkpoint last goes on"
             if last
@@ -485,8 +487,7 @@ def main(argv: list[str] | None = None) -> None:
         "log": trainer.state.log_history,
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    with (output / "predictions.jsonl").open("w") as file:
-        file.writelines(json.dumps(prediction) + "\n" for prediction in answers.predictions)
+    answers.write(output / "predictions.jsonl")
     plot_training(trainer.state.log_history, output / "training.png")
     print_results(before, results["after"], trainer.state.log_history, output)
 

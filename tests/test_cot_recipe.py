@@ -257,7 +257,8 @@ def test_torchrun_with_two_processes(tmp_path):
 def test_accelerate_launch(tmp_path, config):
     model = save_model("gpt2", tmp_path / "model")
     if config == "ddp" and torch.cuda.device_count() < 2:
-        # Without GPUs accelerate starts one process, silently: what the file says is checked instead.
+        # Without GPUs accelerate starts one process, silently: what the file says is checked
+        # instead.
         import yaml
 
         settings = yaml.safe_load((ROOT / "accelerate_configs" / "ddp.yaml").read_text())

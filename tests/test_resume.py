@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from nso_hf import NSOTrainer
+from nso_hf.checkpoints import last_complete_checkpoint
 from tests.reference import config, tiny_llama, token_data
 
 OPTIONS = {
@@ -69,13 +69,13 @@ def test_measuring_does_not_change_training(tmp_path):
 RUN = """
 import sys, time, torch
 from pathlib import Path
-from transformers.trainer_utils import get_last_checkpoint
+from nso_hf.checkpoints import last_complete_checkpoint
 from nso_hf import NSOTrainer
 from tests.test_resume import trainer_of
 directory = sys.argv[1]
 trainer = trainer_of(directory, max_steps=30, save_steps=2, save_total_limit=3)
-last = get_last_checkpoint(directory) if Path(directory).is_dir() else None
-trainer.train(resume_from_checkpoint=last)
+last = last_complete_checkpoint(Path(directory))
+trainer.train(resume_from_checkpoint=last and str(last))
 trainer.save_model(directory + "/final")
 print("finished", last, flush=True)
 """
@@ -99,7 +99,6 @@ def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
     time.sleep((time.time_ns() % 1000) / 1000 * 0.5)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    _drop_half_written(tmp_path / "killed")
     assert not (tmp_path / "killed" / "final").exists()
     output = start(tmp_path / "killed").communicate(timeout=120)[0]
     assert "finished" in output and "checkpoint-" in output
@@ -108,14 +107,11 @@ def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def _drop_half_written(directory: Path) -> None:
-    """A checkpoint the Trainer was writing when it was killed lacks its last file; users delete it,
-    and so do we."""
-    for checkpoint in directory.glob("checkpoint-*"):
-        if (
-            not (checkpoint / "rng_state.pth").exists()
-            or not (checkpoint / "trainer_state.json").exists()
-        ):
-            for file in checkpoint.iterdir():
-                file.unlink()
-            checkpoint.rmdir()
+def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "none") is None
+    for step, state in [(9, "{}"), (10, "{}"), (11, '{"epo'), (12, None)]:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"

@@ -1,8 +1,10 @@
 """Evaluation by generation: every question is answered, every answer judged."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,10 @@ class Evaluation:
     def count(self, measure: str) -> int:
         """How many answers are "correct", "contains_answer", "correct_format" or "complete"."""
         return sum(prediction[measure] for prediction in self.predictions)
+
+    def write(self, path: Path) -> None:
+        """Write the predictions as JSON lines."""
+        path.write_text("".join(json.dumps(prediction) + "\n" for prediction in self.predictions))
 
     @property
     def metrics(self) -> dict[str, float]:

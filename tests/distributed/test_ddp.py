@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.reference import largest_difference, reference_nso, tiny_llama, token_data
+from tests.reference import (
+    config,
+    largest_difference,
+    reference_nso,
+    tiny_llama,
+    token_data,
+    train,
+)
 
 pytestmark = pytest.mark.distributed
 STEPS, SIGMA, TOLERANCE = 3, 0.05, 1e-6  # the tolerance of the single-process test
@@ -22,6 +29,7 @@ CASES = {
     "accumulation 1": {**NSO, "per_device_train_batch_size": 4},
     "accumulation 2": {**NSO, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "static graph": {**NSO, "per_device_train_batch_size": 4, "ddp_static_graph": True},
+    "sharpness": {"sigma": SIGMA, "per_device_train_batch_size": 4, "log_sharpness": True},
     "alternate over replicas": {**ALTERNATE, "per_device_train_batch_size": 4},
     "alternate over both": {
         **ALTERNATE,
@@ -147,3 +155,22 @@ def test_one_process_is_not_taken_for_two(tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one process: the worker would say so."""
     (result,) = launch({"one": {**NSO, "max_steps": 1}}, tmp_path, processes=1)
     assert result["one"]["world_size"] == 1
+
+
+def test_sharpness_is_that_of_the_global_batch(ranks, tmp_path):
+    model = tiny_llama()
+    args = config(
+        tmp_path,
+        sigma=SIGMA,
+        per_device_train_batch_size=8,
+        log_sharpness=True,
+        lr_scheduler_type="constant",
+    )
+    trainer = train(
+        model, token_data(48), args, optimizers=(torch.optim.SGD(model.parameters(), lr=1.0), None)
+    )
+    expected = [e["nso/trace_estimate"] for e in trainer.state.log_history if "loss" in e]
+    # Losses of ~4 in float32 (ulp 5e-7), a few of them, over sigma^2 = 2.5e-3.
+    for rank in ranks:
+        assert rank["sharpness"]["traces"] == pytest.approx(expected, abs=2e-3)
+    assert len(set(expected)) == STEPS and max(map(abs, expected)) > 0.1

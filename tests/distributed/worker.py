@@ -52,6 +52,7 @@ def run(case: dict, directory: str) -> dict:
         "weights": [p.detach().clone() for p in model.parameters()],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "norms": [e["nso/perturbation_norm"] for e in trainer.state.log_history if "loss" in e],
+        "traces": [e.get("nso/trace_estimate") for e in trainer.state.log_history if "loss" in e],
         "reductions": counter.count,
         "world_size": torch.distributed.get_world_size(),
         "wrapped": type(trainer.model_wrapped).__name__,

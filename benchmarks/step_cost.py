@@ -1,0 +1,148 @@
+"""Time and memory of an optimizer step, each way of training in a process of its own, as ratios to
+plain training.
+
+    python benchmarks/step_cost.py [--steps 8] [--hidden 384] [--layers 6]
+
+"naive" is NSO as commonly written: noise, gradients and weights kept as three copies, the clean
+pass run although its weight is 0 (2k + 1 passes), the weights restored by subtraction.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
+
+from nso_hf import NSOConfig, NSOTrainer
+
+WAYS = {
+    "plain": {},
+    "nso": {},
+    "nso, one-sided": {"two_sided": False},
+    "nso, alternate": {"sign": "alternate"},
+    "nso, k=2": {"num_perturbations": 2},
+    "naive": {},
+}
+
+
+class NaiveTrainer(Trainer):
+    """What NSO costs when written without care."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        weights = [p for p in model.parameters() if p.requires_grad]
+        old = [p.data.clone() for p in weights]
+        kept = [torch.zeros_like(p) for p in weights]
+        loss = super().training_step(model, dict(inputs), num_items_in_batch)
+        noise = [0.01 * torch.randn_like(p) for p in weights]
+        for sign in (1, -1):
+            for p, u, w in zip(weights, noise, old, strict=True):
+                p.data = w + sign * u
+                p.grad = None
+            super().training_step(model, dict(inputs), num_items_in_batch)
+            for g, p in zip(kept, weights, strict=True):
+                g.add_(p.grad, alpha=0.5)
+        for p, w, g in zip(weights, old, kept, strict=True):
+            p.data, p.grad = w, g
+        return loss
+
+
+class Stopwatch(TrainerCallback):
+    def __init__(self):
+        self.times = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        self.times.append(time.perf_counter() - self.start)
+
+
+def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds per optimizer step (the first two left out), and the peak resident memory in
+    MiB."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=8192,
+        n_embd=options.hidden,
+        n_layer=options.layers,
+        n_head=6,
+        n_positions=options.length,
+    )
+    model = GPT2LMHeadModel(config)
+    tokens = torch.randint(8192, (64, options.length))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer_class = {"plain": Trainer, "naive": NaiveTrainer}.get(way, NSOTrainer)
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory() as folder:
+        args = NSOConfig(
+            folder,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            max_steps=options.steps + 2,
+            disable_tqdm=True,
+            per_device_train_batch_size=options.batch,
+            gradient_accumulation_steps=2,
+            logging_steps=10_000,
+            **WAYS[way],
+        )
+        trainer = trainer_class(model=model, args=args, train_dataset=data, callbacks=[watch])
+        gc.collect()
+        trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"seconds": statistics.median(watch.times[2:]), "peak": peak, "parameters": parameters}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps timed")
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="sequences per micro-batch; two micro-batches per step"
+    )
+    parser.add_argument("--way", choices=WAYS, help="measure this one and print JSON")
+    options = parser.parse_args()
+    if options.way:
+        print("RESULT", json.dumps(measure(options.way, options)))
+        return
+    results = {}
+    for way in WAYS:
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--way", way], capture_output=True, text=True
+        )
+        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
+        if line is None:
+            sys.exit(done.stderr[-2000:])
+        results[way] = json.loads(line.removeprefix("RESULT"))
+    plain = results["plain"]
+    copy = plain["parameters"] * 4 / 2**20
+    print(
+        f"GPT-2 of {plain['parameters'] / 1e6:.1f}M parameters (one float32 copy: {copy:.0f} MiB), "
+        f"{torch.get_num_threads()} threads"
+    )
+    print(
+        "| way | seconds/step | x plain | extra memory, in copies of the weights "
+        "|\n|---|---|---|---|"
+    )
+    for way, result in results.items():
+        extra = (result["peak"] - plain["peak"]) / copy
+        print(
+            f"| {way} | {result['seconds']:.3f} | {result['seconds'] / plain['seconds']:.2f} | "
+            f"{extra:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Every Python snippet of the documentation runs; every recipe command in it parses."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nso_hf.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+PYTHON = [(page.name, i, code) for page in PAGES for i, code in enumerate(blocks(page, "python"))]
+
+
+@pytest.mark.parametrize(("page", "number", "code"), PYTHON, ids=lambda v: str(v)[:20])
+def test_python_snippets_run(page, number, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = dict(METHODS)
+    try:
+        namespace = {"__name__": f"{page}_{number}"}
+        exec(compile(code, f"{page}:{number}", "exec"), namespace)
+        if "trainer" in namespace:
+            logs = namespace["trainer"].state.log_history
+            assert logs[0]["nso/perturbation_norm"] > 0
+        if "Smoothed" in namespace:
+            _trains_as_documented(tmp_path)
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
+
+
+def _trains_as_documented(folder):
+    from tests.reference import config, largest_difference, tiny_llama, token_data, train
+
+    models = [tiny_llama(), tiny_llama()]
+    train(models[0], token_data(12), config(folder, method="smoothed", sigma=0.05))
+    options = {"two_sided": False, "clean_weight": 0.5}
+    train(models[1], token_data(12), config(folder, sigma=0.05, **options))
+    assert largest_difference(*models) == 0
+
+
+def commands() -> list[str]:
+    text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
+    return sorted(set(re.findall(r"recipes/cot_finetuning\.py [^`\n]*", text)))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_recipe_commands_parse(command, tmp_path, monkeypatch):
+    from nso_hf import NSOConfig
+    from nso_hf.command_line import RecipeParser
+    from recipes.cot_finetuning import DataOptions, ModelOptions
+
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)[1:]
+    if words == ["--help"]:
+        return
+    RecipeParser([ModelOptions, DataOptions, NSOConfig]).parse([*words, "--use_cpu", "true"])
+
+
+def test_pages_link_to_what_exists():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_make_targets_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
+        assert re.search(rf"^{target}:", makefile, re.M)

@@ -1,0 +1,92 @@
+"""The shape that keeps the code small: one reader of the back end, imports in one direction, honest
+refusals."""
+
+import ast
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+
+import nso_hf
+from nso_hf.backends import select
+
+PACKAGE = Path(nso_hf.__file__).parent
+ORDER = [
+    "refusal",
+    "backends",
+    "perturbation",
+    "noise",
+    "methods",
+    "arguments",
+    "selection",
+    "side_effects",
+    "trainer",
+]
+
+
+def test_back_end_words_stay_in_backends():
+    words = re.compile(
+        r"distributed_type|DistributedType|deepspeed|ds_tensor|DTensor|FSDP|DDP", re.I
+    )
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "backends":
+            found = words.search(path.read_text())
+            assert not found, f"{path.name} says {found.group()}"
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nso_hf."):
+            yield node.module.split(".")[1]
+
+
+def test_imports_go_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for imported in imports_of(path):
+            if (
+                name in ORDER
+                and imported != name
+                and not (name == "methods" and imported == "arguments")
+            ):
+                assert ORDER.index(imported) < ORDER.index(name), f"{path.name} imports {imported}"
+            if name in ("reasoning", "command_line"):
+                assert imported in ("reasoning", "refusal")
+
+
+def test_public_names_are_sorted_and_there():
+    assert nso_hf.__all__ == sorted(nso_hf.__all__)
+    assert all(hasattr(nso_hf, name) for name in nso_hf.__all__)
+
+
+def accelerator(kind, fsdp=None, parallelism=None):
+    return SimpleNamespace(
+        distributed_type=kind,
+        process_index=1,
+        num_processes=2,
+        state=SimpleNamespace(fsdp_plugin=fsdp),
+        parallelism_config=parallelism,
+    )
+
+
+@pytest.mark.parametrize("kind", list(DistributedType))
+def test_every_kind_of_run_is_either_replicated_or_refused(kind):
+    if kind == DistributedType.NO or kind.value.startswith("MULTI_"):
+        backend = select(accelerator(kind))
+        assert (backend.rank, backend.num_replicas) == (1, 2)
+    else:
+        message = f"distributed_type='{kind.value}': NSO runs in one process and under Distributed"
+        with pytest.raises(ValueError, match=message):
+            select(accelerator(kind))
+
+
+def test_runs_that_silently_became_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"fsdp=True: .* silently became MULTI_CPU"):
+        select(accelerator(DistributedType.MULTI_CPU, fsdp=object()))
+    split = SimpleNamespace(non_data_parallel_size=2)
+    with pytest.raises(ValueError, match="tensor, context and sequence parallelism"):
+        select(accelerator(DistributedType.MULTI_GPU, parallelism=split))
+    whole = SimpleNamespace(non_data_parallel_size=1)
+    assert select(accelerator(DistributedType.MULTI_GPU, parallelism=whole)).num_replicas == 2
