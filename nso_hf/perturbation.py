@@ -75,7 +75,7 @@ class Perturbation:
                 data.reshape(-1).split(_CHUNK), backup.reshape(-1).split(_CHUNK), strict=True
             ):
                 difference = now.float() - before.float()
-                squares = squares + difference.square().sum(dtype=torch.float64).cpu()
+                squares = squares + difference.square().sum().cpu().double()
                 moved = moved + difference.count_nonzero().cpu()
         elements = sum(data.numel() for data in self._data)
         return squares.sqrt().item(), (moved / elements).item()

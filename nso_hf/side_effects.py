@@ -19,7 +19,7 @@ _BOOKKEEPING = ("_metrics", "_stored_metrics", "_total_train_tokens")
 def random_state_kept(devices: set[torch.device]) -> Iterator[None]:
     """Random numbers drawn inside are drawn again after it."""
     accelerators = [device for device in devices if device.type != "cpu"]
-    states = [torch.get_device_module(device).get_rng_state(device) for device in accelerators]
+    states = [_module_of(device).get_rng_state(*_number(device)) for device in accelerators]
     state, python_state, numpy_state = (
         torch.get_rng_state(),
         random.getstate(),
@@ -32,7 +32,16 @@ def random_state_kept(devices: set[torch.device]) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         for device, device_state in zip(accelerators, states, strict=True):
-            torch.get_device_module(device).set_rng_state(device_state, device)
+            _module_of(device).set_rng_state(device_state, *_number(device))
+
+
+def _module_of(device: torch.device) -> Any:
+    return torch.get_device_module(device)
+
+
+def _number(device: torch.device) -> tuple[torch.device, ...]:
+    """What tells one accelerator from others: on a Mac there is one, and no argument for it."""
+    return () if device.type == "mps" else (device,)
 
 
 @contextmanager

@@ -308,6 +308,9 @@ def load_model(
     ):  # dequantised on loading: from here on an ordinary model, which can be saved
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
+    if tokenizer.eos_token_id is None:
+        cure = "Add one to the tokenizer's configuration"
+        raise refusal("model_name_or_path", path, "its tokenizer has no end-of-text token", cure)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if options.lora_r is not None:
