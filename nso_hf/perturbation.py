@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nso_hf.backends import Weight
 
-_CHUNK = 2**22  # elements compared at a time: what `measure` allocates, and no more
+_CHUNK = 2**18  # elements compared at a time: what `measure` allocates, and no more
 
 
 class Displacement(Protocol):
