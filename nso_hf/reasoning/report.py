@@ -61,16 +61,19 @@ def plot_training(log: Sequence[Mapping[str, Any]], path: Path) -> None:
         entries = [entry for entry in log if name in entry]
         return [entry["step"] for entry in entries], [entry[name] for entry in entries]
 
-    panels = [
-        name for name in ("loss", "eval_accuracy", "nso/perturbation_norm") if series(name)[0]
-    ]
+    names = ("loss", "eval_accuracy", "nso/perturbation_norm")
+    panels = [name for name in names if series(name)[0]]
+    if not panels:  # a run shorter than logging_steps
+        panels = ["loss"]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.5 * len(panels), 3.5), layout="constrained", squeeze=False
     )
     for axis, name in zip(axes[0], panels, strict=True):
         axis.plot(*series(name), "o-", markersize=3, label="training, mean over evaluations")
         axis.set_xlabel("optimizer step")
-        axis.set_ylim(bottom=0, top=1 if name == "eval_accuracy" else 1.1 * max(series(name)[1]))
+        axis.set_ylim(
+            bottom=0, top=1 if name == "eval_accuracy" else 1.1 * max(series(name)[1], default=1)
+        )
         axis.set_title(_TITLES[name])
         if name == "loss" and series("eval_loss")[0]:
             axis.plot(*series("eval_loss"), "s-", label="validation, at W")
