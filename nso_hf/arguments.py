@@ -1,6 +1,7 @@
 """The options of NSO: a dataclass that any TrainingArguments takes as a mixin."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -124,10 +125,13 @@ class NSOArguments:
         },
     )
 
-    def __init_subclass__(cls) -> None:
-        # Makes `class MyConfig(NSOArguments, SFTConfig): ...` whole without a decorator: its
-        # __init__ takes both.
-        dataclass(cls)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Makes `class MyConfig(NSOArguments, SFTConfig): pass` whole, with an __init__ that takes
+        # both. A class that declares options of its own is decorated by its author, as ever: twice
+        # would lose the options' metadata.
+        if not inspect.get_annotations(cls):
+            dataclass(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.method_kwargs, str):

@@ -1,8 +1,8 @@
 r"""Fine-tune a language model on chains of thought with Noise Stability Optimization.
 
     python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
-    python recipes/cot_finetuning.py --model_name_or_path gpt2 --dataset gsm8k --output_dir
-        runs/gsm8k \ --sigma 0.01 --lora_r 16 --learning_rate 3e-4
+    python recipes/cot_finetuning.py --model_name_or_path gpt2 --dataset gsm8k \
+        --output_dir runs/gsm8k --sigma 0.01 --lora_r 16 --learning_rate 3e-4
 
 The model learns to answer a question with a rationale, then "-->", then the answer. Loss on the
 completion only. It is evaluated by generation: on validation questions during training (these
@@ -240,15 +240,17 @@ class DataOptions:
         test = load_examples(path, preset.test_split, **options)
         if test is None:
             train, test = hold_out(train, self.test_size or 200, seed)
+        if self.test_size is not None:
+            _, test = hold_out(test, self.test_size, seed)
+        train = without_questions_of(train, test)  # before validation is held out of it
         validation = None
         if preset.test_split != "validation":
             validation = load_examples(path, "validation", **options)
         if validation is None:
             train, validation = hold_out(train, self.validation_size, seed)
+        validation = without_questions_of(validation, test)
         _, validation = hold_out(validation, self.validation_size, seed)
-        if self.test_size is not None:
-            _, test = hold_out(test, self.test_size, seed)
-        train = without_questions_of(train, [*validation, *test])
+        train = without_questions_of(train, validation)
         if self.train_size is not None:
             _, train = hold_out(train, self.train_size, seed)
         return train, validation, test
@@ -415,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=rows,
         eval_dataset=validation_rows,
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=-100),
     )
 
     def answer(examples: list[Example], description: str) -> Evaluation:

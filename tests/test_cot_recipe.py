@@ -270,3 +270,32 @@ def test_accelerate_launch(tmp_path, config):
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["processes"] == (2 if config == "ddp" else 1) and results["steps"] == 2
+
+
+@pytest.mark.parametrize("with_validation_file", [True, False])
+def test_no_question_is_in_two_splits(tmp_path, with_validation_file):
+    """Whatever the files share, test and validation questions are in no other split."""
+    from recipes.cot_finetuning import DataOptions
+
+    def write(split, numbers):
+        rows = [{"question": f"q{i}", "rationale": "r", "answer": str(i)} for i in numbers]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    write("train", range(40))
+    write("test", range(30, 50))
+    if with_validation_file:
+        write("validation", range(25, 35))
+    train, validation, test = (
+        {e.question for e in split}
+        for split in DataOptions(str(tmp_path), validation_size=8).load(seed=0)
+    )
+    assert len(test) == 20 and len(validation) == (5 if with_validation_file else 8)
+    assert not train & test and not validation & test and not train & validation
+    assert len(train) == (25 if with_validation_file else 22)
+
+
+def test_label_smoothing_with_an_encoder_decoder(tmp_path):
+    model = save_model("t5", tmp_path / "model")
+    main(flags(model, tmp_path / "out", label_smoothing_factor=0.1, max_steps=2))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["steps"] == 2

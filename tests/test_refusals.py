@@ -17,6 +17,7 @@ def test_a_wrong_input_gets_the_documented_message(name):
     assert f"| {name} | `{text.replace('|', '¦')}` |" in DOCUMENTED
     option, _, rest = text.partition("=")
     assert re.fullmatch(r"[\w*]+", option), "it begins with the option and its value"
+    assert " ." not in text and " ," not in text, "a part of it is missing"
     rule_and_cure = rest.partition(": ")[2]
     assert rule_and_cure.endswith(".") and ". " in rule_and_cure, "a rule, then a cure"
 
@@ -32,3 +33,30 @@ def test_nothing_is_written_before_a_refusal(tmp_path):
     with pytest.raises(Refusal):
         recipe(write={"out/results.json": kept.replace("{", "{").replace("}", "}")})(tmp_path)
     assert (tmp_path / "out" / "results.json").read_text() == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "multiple"),
+    [((3, 1, 1), 2), ((2, 1, 2), 4), ((1, 3, 1), 2), ((1, 2, 2), 2), ((5, 4, 3), 3)],
+)
+def test_the_cure_for_an_odd_count_is_a_number_that_works(options, multiple):
+    from nso_hf import NSOArguments
+    from nso_hf.methods.nso import NSO
+
+    accumulation, replicas, k = options
+    args = NSOArguments(sign="alternate", num_perturbations=k)
+    with pytest.raises(ValueError, match=f"to a multiple of {multiple}, or use sign='both'"):
+        NSO.check_micro_batches(args, accumulation, replicas)
+    NSO.check_micro_batches(args, multiple, replicas)
+
+
+def test_trainers_of_trl_that_generate_are_refused_and_the_others_are_not():
+    from nso_hf.trainer import _GENERATING
+
+    generating = (
+        "GRPO RLOO Distillation AsyncGRPO AsyncDistillation ServerDistillation IWOPD GKD GOLD "
+        "OnlineDPO"
+    )
+    assert all(_GENERATING.search(f"{name}Trainer") for name in generating.split())
+    others = "SFT DPO KTO CPO ORPO TPO Reward Seq2Seq Support Marigold"
+    assert not any(_GENERATING.search(f"{name}Trainer") for name in others.split())

@@ -90,3 +90,20 @@ def test_runs_that_silently_became_another_kind_are_refused():
         select(accelerator(DistributedType.MULTI_GPU, parallelism=split))
     whole = SimpleNamespace(non_data_parallel_size=1)
     assert select(accelerator(DistributedType.MULTI_GPU, parallelism=whole)).num_replicas == 2
+
+
+def _body(node):
+    body = getattr(node, "body", [])
+    return body if isinstance(body, list) else []
+
+
+def test_no_string_stands_alone():
+    """The second line of a message without parentheses around it would be lost without a word."""
+    for path in [*PACKAGE.rglob("*.py"), PACKAGE.parent / "recipes" / "cot_finetuning.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                for statement in (s for part in ast.walk(node) for s in _body(part)[1:]):
+                    is_string = isinstance(statement, ast.Expr) and isinstance(
+                        statement.value, (ast.Constant, ast.JoinedStr)
+                    )
+                    assert not is_string, f"{path.name}:{statement.lineno}"

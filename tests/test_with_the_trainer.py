@@ -1,13 +1,20 @@
 """What people use with the Trainer, under NSO: each compared with something independent."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 
 from nso_hf import (
     NSOArguments,
@@ -449,3 +456,20 @@ def test_an_outer_autocast_does_not_serve_stale_weights(tmp_path):
     reference_nso(plain, data, steps=3, global_batch=8, learning_rate=1.0, sigma=0.0)
     # bf16 gradients of norm <= 1 in 3 steps, as in the test of bf16 above; noise moves 5e-2.
     assert largest_difference(model, reference) < 3 * 2**-8 < largest_difference(model, plain)
+
+
+@dataclasses.dataclass
+class WithOptions(NSOArguments, TrainingArguments):
+    """As people write them: options of their own, with help and a default factory."""
+
+    names: list[str] = dataclasses.field(default_factory=lambda: ["a"], metadata={"help": "Names."})
+
+
+def test_a_decorated_config_keeps_its_options_whole(tmp_path):
+    args = WithOptions(str(tmp_path), sigma=0.03, names=["b"])
+    assert args.sigma == 0.03 and args.names == ["b"]
+    assert WithOptions(str(tmp_path)).names == ["a"]
+    (option,) = [f for f in dataclasses.fields(WithOptions) if f.name == "names"]
+    assert option.metadata["help"] == "Names."
+    with pytest.raises(ValueError, match="sigma=-1: "):
+        WithOptions(str(tmp_path), sigma=-1)

@@ -70,8 +70,7 @@ class NSO(Method):
             rule = "[f(W+U) + f(W-U) - 2 f(W)]/sigma^2 needs both signs"
             raise refusal("log_sharpness", True, rule, "Set two_sided=True")
         if args.log_sharpness and (args.sigma == 0 or args.clean_weight == 1):
-            rule = f"sigma={args.sigma} and clean_weight={args.clean_weight} leave the weights "
-            "unperturbed"
+            rule = f"no noise is added at sigma={args.sigma}, clean_weight={args.clean_weight}"
             raise refusal("log_sharpness", True, rule, "Set sigma > 0 and clean_weight < 1")
 
     @classmethod
@@ -80,12 +79,11 @@ class NSO(Method):
         if args.sign == "alternate" and accumulation * replicas % evaluations:
             rule = (
                 f"gradient_accumulation_steps ({accumulation}) x data-parallel processes "
-                f"({replicas}) must be a "
-                f"multiple of 2 x num_perturbations ({evaluations}), so that each U meets as many "
-                "+ as - signs"
+                f"({replicas}) must be a multiple of 2 x num_perturbations ({evaluations}), so "
+                "that each U meets as many + as - signs"
             )
-            cure = "Set gradient_accumulation_steps to a multiple of "
-            f"{math.lcm(evaluations, replicas) // replicas}"
+            multiple = math.lcm(evaluations, replicas) // replicas
+            cure = f"Set gradient_accumulation_steps to a multiple of {multiple}"
             raise refusal("sign", "alternate", rule, f"{cure}, or use sign='both'")
 
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:

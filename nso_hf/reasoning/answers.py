@@ -8,7 +8,8 @@ from fractions import Fraction
 MARKER = "-->"
 """What stands between a rationale and the answer."""
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+_MOST_DIGITS = 100  # more are a model's stammer, not a number
 
 
 def numbers(text: str) -> list[Fraction]:
@@ -16,7 +17,10 @@ def numbers(text: str) -> list[Fraction]:
     number."""
     found = []
     # A minus sign belongs to the number unless something is subtracted from: 3-4 is 3 and 4.
+    text = text.replace("\N{MINUS SIGN}", "-")
     for match in _NUMBER.finditer(text):
+        if len(match.group()) > _MOST_DIGITS:
+            continue
         digits = match.group().replace(",", "")
         before = text[: match.start()].rstrip()
         if digits.startswith("-") and before and (before[-1].isdigit() or before[-1] == ")"):
@@ -30,16 +34,20 @@ def numbers(text: str) -> list[Fraction]:
 
 def is_numeric(answer: str) -> bool:
     """Whether an answer is one number, such as "-4", "1,200", "$3.50" or "3/4"."""
-    return _NUMBER.fullmatch(answer.strip().lstrip("$").rstrip(".%")) is not None
+    number = answer.strip().lstrip("$").rstrip(".%").replace("\N{MINUS SIGN}", "-")
+    return _NUMBER.fullmatch(number) is not None and len(numbers(number)) == 1
+
+
+_PUNCTUATION = str.maketrans(string.punctuation, " " * len(string.punctuation))
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().translate(_PUNCTUATION).split()
 
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous white space: "(B)" -> "b"."""
-    words = (
-        text.lower()
-        .translate(str.maketrans(string.punctuation, " " * len(string.punctuation)))
-        .split()
-    )
+    words = _words(text)
     return " ".join(word for word in words if word not in ("a", "an", "the") or len(words) == 1)
 
 
@@ -79,5 +87,6 @@ def judge(text: str, answer: str) -> Judgement:
         if not marker:
             prediction = lines[-1].strip() if lines else ""
         correct = normalise(prediction) == normalise(answer)
-        contains = f" {normalise(answer)} " in f" {normalise(text)} "
+        # With its articles, since "A" may be the answer.
+        contains = f" {' '.join(_words(answer))} " in f" {' '.join(_words(text))} "
     return Judgement(prediction, correct, contains, correct_format)

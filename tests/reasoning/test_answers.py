@@ -16,6 +16,9 @@ from nso_hf.reasoning.answers import is_numeric, judge, normalise, numbers
         ("1/0", []),
         ("none", []),
         ("2.", [2]),
+        ("1,2,3 and 1,234,567", [1, 2, 3, 1234567]),
+        ("\N{MINUS SIGN}5", [-5]),
+        ("9" * 5000 + " 3", [3]),
     ],
 )
 def test_numbers(text, found):
@@ -24,7 +27,7 @@ def test_numbers(text, found):
 
 def test_what_is_a_numeric_answer():
     assert all(map(is_numeric, ["4", "-4", "1,200", "$3.50", "3/4", "50%", "0.3125"]))
-    assert not any(map(is_numeric, ["four", "4 apples", "(B)", "yes", "12:30", ""]))
+    assert not any(map(is_numeric, ["four", "4 apples", "1,2,3", "1/0", "(B)", "yes", "12:30", ""]))
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,9 @@ def test_what_is_a_numeric_answer():
         ("a --> 4 --> 5", "4", "4 --> 5", True, True, False),
         ("14", "4", "14", False, False, False),
         ("It is. --> (B)", "B", "(B)", True, True, True),
+        ("so I pick this. --> A", "A", "A", True, True, True),
+        ("It is a bank. --> B", "A", "B", False, True, True),
+        ("It is one. --> B", "A", "B", False, False, True),
         ("It is. --> The Yes.", "yes", "The Yes.", True, True, True),
         ("well\nNo", "no", "No", True, True, False),
         ("nothing known", "no", "nothing known", False, False, False),
