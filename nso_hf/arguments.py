@@ -166,8 +166,8 @@ class NSOArguments:
             cure = 'Write it as {"name": 0.1}'
             raise refusal("method_kwargs", given, "must be a dict of options", cure)
         for name in given:
-            if name not in method.kwargs:
-                takes = f"takes {', '.join(method.kwargs)}" if method.kwargs else "takes none"
+            if name not in method.defaults:
+                takes = f"takes {', '.join(method.defaults)}" if method.defaults else "takes none"
                 rule = f"method {self.method!r} {takes}, not {name!r}"
                 raise refusal("method_kwargs", given, rule, f"Remove {name!r}")
         for option in dataclasses.fields(NSOArguments):

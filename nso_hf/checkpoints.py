@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The latest `checkpoint-N` in `folder` that was written to its end, if any.
+def last_complete_checkpoint(folder: Path, processes: int = 1) -> Path | None:
+    """The latest `checkpoint-N` in `folder` that `processes` processes wrote to its end, if any.
 
-    The Trainer writes trainer_state.json last: a run that was killed while saving leaves a folder
-    without it, or with a part of it.
+    The first process writes trainer_state.json last, and each process its random state: a run that
+    was killed while saving leaves a folder without one of them, or with a part of it.
     """
     steps = {}
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and _is_json(path / "trainer_state.json"):
+        states = [path / f"rng_state_{rank}.pth" for rank in range(processes)]
+        written = processes == 1 or all(state.exists() for state in states)
+        if number.isdecimal() and written and _is_json(path / "trainer_state.json"):
             steps[int(number)] = path
     return steps[max(steps)] if steps else None
 

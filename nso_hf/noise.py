@@ -80,8 +80,7 @@ class Noise:
 
     def add_to(self, weights: Sequence[Weight]) -> None:
         """Add to each local weight its part of U, in place."""
-        # `reshape` is a view of a contiguous weight and a copy of any other (transposed, channels-
-        # last).
+        # `reshape` is a view of a contiguous weight, a copy of a transposed or channels-last one.
         flats = [weight.data.reshape(-1) for weight in weights]
         blocks = [
             (flat, weight, block)

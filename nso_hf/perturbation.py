@@ -69,16 +69,17 @@ class Perturbation:
         it moved."""
         if self._backup is None:
             return 0.0, 0.0
-        squares = moved = torch.zeros((), dtype=torch.float64)
+        squares, moved = [], []
         for data, backup in zip(self._data, self._backup, strict=True):
             for now, before in zip(
                 data.reshape(-1).split(_CHUNK), backup.reshape(-1).split(_CHUNK), strict=True
             ):
                 difference = now.float() - before.float()
-                squares = squares + difference.square().sum().cpu().double()
-                moved = moved + difference.count_nonzero().cpu()
+                squares.append(difference.square().sum().to(self._data[0].device))
+                moved.append(difference.count_nonzero().to(self._data[0].device))
         elements = sum(data.numel() for data in self._data)
-        return squares.sqrt().item(), (moved / elements).item()
+        norm = torch.stack(squares).cpu().double().sum().sqrt()  # one wait for the device
+        return norm.item(), torch.stack(moved).sum().item() / elements
 
 
 @contextmanager

@@ -110,6 +110,12 @@ class NSOTrainerMixin(_Base):
             self._nso_forget_measurements()  # of an attempt that failed, or of an earlier training
         return super().get_batch_samples(*args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._nso_weights = None  # or they would outlive a model that is moved or made anew
+
     def training_step(
         self,
         model: nn.Module,
@@ -209,10 +215,13 @@ class NSOTrainerMixin(_Base):
 
     def _nso_measure(self, step: Step, point: Point, perturbation: Perturbation) -> None:
         name = "nso/perturbation_norm"
-        if not step.is_measured or point.displacement is None or name in step.measurements:
+        if not step.is_measured or point.displacement is None:
+            return
+        if name in step.measurements or name in self._nso_measurements:
             return
         step.measurements[name], moved = perturbation.measure()
-        if moved < 0.5:
+        is_half = any(weight.data.element_size() < 4 for weight in step.weights)
+        if is_half and moved < 0.5:
             dtypes = sorted({str(w.data.dtype).removeprefix("torch.") for w in step.weights})
             logger.warning_once(
                 f"Only {moved:.0%} of the perturbed weights changed: {' and '.join(dtypes)} cannot "

@@ -96,10 +96,16 @@ class ModelOptions:
             ]:
                 if value:
                     raise refusal(option, value, "has no effect without LoRA", "Set --lora_r too")
-        elif self.lora_r < 1:
+        elif not isinstance(self.lora_r, int) or self.lora_r < 1:
             raise refusal(
-                "lora_r", self.lora_r, "must be at least 1", "Leave it out to train all weights"
+                "lora_r",
+                self.lora_r,
+                "must be an integer, at least 1",
+                "Leave it out to train all weights",
             )
+        if isinstance(self.lora_target_modules, str):
+            rule, cure = "must be a list of names", "Write it as [q_proj, v_proj]"
+            raise refusal("lora_target_modules", self.lora_target_modules, rule, cure)
         if not 0 <= self.lora_dropout < 1:
             raise refusal(
                 "lora_dropout", self.lora_dropout, "must be in [0, 1)", "Typical: 0 to 0.1"
@@ -275,7 +281,8 @@ class ReasoningTrainer(NSOTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         kwargs["metric_key_prefix"] = metric_key_prefix
         output = super().evaluation_loop(*args, **kwargs)
-        for name, value in self.answer().metrics.items():
+        answered = self.answer().metrics if metric_key_prefix == "eval" else {}
+        for name, value in answered.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value  # type: ignore[index]
         return output
 
@@ -305,9 +312,7 @@ def load_model(
         reason = str(error).strip().splitlines()[0].rstrip(".")
         cure = "Give a hub id, or a folder with config.json and the weights"
         raise refusal("model_name_or_path", path, reason, cure) from error
-    if (
-        options.gguf_file
-    ):  # dequantised on loading: from here on an ordinary model, which can be saved
+    if options.gguf_file:  # it was dequantised: from here on an ordinary model that can be saved
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
     if tokenizer.eos_token_id is None:
@@ -347,24 +352,41 @@ def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder:
 
 
 def checkpoint_to_resume(args: NSOConfig) -> str | None:
-    """The checkpoint named by --resume_from_checkpoint ("last" finds it); never over the results of
-    another run."""
+    """The checkpoint named by --resume_from_checkpoint, where "last" is the last complete one.
+
+    Never over another run: a folder with checkpoints or results is only gone on with from its own.
+    """
     asked, output = args.resume_from_checkpoint, Path(str(args.output_dir))
-    last = last_complete_checkpoint(output)
-    if asked is None:
-        if last is not None or (output / "results.json").exists():
-            rule = "holds the checkpoints or results of an earlier run"
-            cure = "Pass --resume_from_checkpoint last, or another --output_dir"
-            raise refusal("output_dir", str(output), rule, cure)
-        return None
+    last = last_complete_checkpoint(output, args.world_size)
     if str(asked).lower() in ("last", "true"):
         if last is None:
             cure = "Leave it out to start anew"
             raise refusal("resume_from_checkpoint", asked, f"no checkpoint in {output}", cure)
         return str(last)
-    if not Path(asked).is_dir():
+    if asked is not None and not Path(asked).is_dir():
         raise refusal("resume_from_checkpoint", asked, "no such folder", "Use 'last', or a path")
-    return str(asked)
+    is_own = asked is not None and Path(asked).resolve().parent == output.resolve()
+    if not is_own and (any(output.glob("checkpoint-*")) or (output / "results.json").exists()):
+        rule = "holds the checkpoints or results of another run"
+        cure = "Pass --resume_from_checkpoint last, or another --output_dir"
+        raise refusal("output_dir", str(output), rule, cure)
+    return None if asked is None else str(asked)
+
+
+def check_lengths(
+    model: PreTrainedModel, data: DataOptions, longest_row: int, longest_prompt: int
+) -> None:
+    """Refuse texts that have more tokens than the model has positions, if it says how many."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if longest_row > positions:
+        rule = f"a training text has {longest_row} tokens and the model {positions} positions"
+        raise refusal("max_length", data.max_length, rule, f"Set --max_length {positions}")
+    if longest_prompt + data.max_new_tokens > positions:
+        rule = f"with a prompt of {longest_prompt} it exceeds the model's {positions} positions"
+        cure = "Lower it, or leave out the longest questions"
+        raise refusal("max_new_tokens", data.max_new_tokens, rule, cure)
 
 
 def summary(evaluation: Evaluation) -> dict[str, float]:
@@ -410,6 +432,10 @@ def main(argv: list[str] | None = None) -> None:
     if not rows or not validation_rows:
         rule = f"all {len(train)} training texts or {len(validation)} validation texts are longer"
         raise refusal("max_length", data.max_length, rule, "Raise it")
+
+    prompts = [prompt_format.prompt_ids(example.question) for example in [*validation, *test]]
+    longest_row = max(len(row["input_ids"]) for row in [*rows, *validation_rows])
+    check_lengths(model, data, longest_row, max(map(len, prompts)))
 
     trainer = ReasoningTrainer(
         model=model,
@@ -460,7 +486,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        last = last_complete_checkpoint(output)
+        last = last_complete_checkpoint(output, args.world_size)
         cure = (
             "the same command with --resume_from_checkpoint last goes on"
             if last

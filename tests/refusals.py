@@ -57,6 +57,7 @@ def recipe(
             "--report_to": "none",
             "--validation_size": "4",
             "--test_size": "4",
+        "--max_new_tokens": "20",
         }
         given = [flag.format(folder=folder) for flag in flags]
         command = [
@@ -136,6 +137,7 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     "alternate with sharpness": option(sign="alternate", log_sharpness=True),
     "sharpness, one-sided": option(log_sharpness=True, two_sided=False),
     "sharpness without noise": option(log_sharpness=True, sigma=0.0),
+    "sharpness with other dropout masks": option(log_sharpness=True, common_random_numbers=False),
     "alternate over an odd count": trainer(sign="alternate", gradient_accumulation_steps=3),
     "alternate with too few micro-batches": trainer(
         sign="alternate", gradient_accumulation_steps=2, num_perturbations=2
@@ -186,12 +188,21 @@ RECIPE: dict[str, Callable[[Path], object]] = {
     ),
     "task options without a task": recipe("--dataset_kwargs", '{{"min_terms": 3}}'),
     "LoRA rank 0": recipe("--lora_r", "0"),
+    "LoRA rank of a half": recipe("--config", "{folder}/c.yaml", write={"c.yaml": "lora_r: 16.5"}),
+    "LoRA targets not in a list": recipe(
+        "--config", "{folder}/c.yaml", write={"c.yaml": "lora_r: 4\nlora_target_modules: c_attn"}
+    ),
+    "no such data set": recipe("--dataset", "nobody/nothing"),
+    "more tokens than the model has positions": recipe("--max_new_tokens", "250"),
     "LoRA options without LoRA": recipe("--lora_alpha", "16"),
     "LoRA target that the model lacks": recipe("--lora_r", "4", "--lora_target_modules", "q_proj"),
     "chat format without a template": recipe("--template", "chat"),
     "every text too long": recipe("--max_length", "3"),
     "test of no questions": recipe("--test_size", "0"),
     "output of an earlier run": recipe(write={"out/results.json": "{{}}"}),
+    "resume one run over another": recipe(
+        "--resume_from_checkpoint", "{folder}/model", write={"out/results.json": "{{}}"}
+    ),
     "nothing to resume": recipe("--resume_from_checkpoint", "last"),
     "resume from nowhere": recipe("--resume_from_checkpoint", "{folder}/none"),
     "pattern that matches nothing, by flag": recipe("--perturb_include", "lora_A"),

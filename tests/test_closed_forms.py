@@ -113,3 +113,38 @@ def test_schedules_of_sigma(tmp_path, schedule, shares):
     )
     norms = [0.2 * share * math.sqrt(10_000) for share in shares]
     assert [entry["nso/perturbation_norm"] for entry in logs] == pytest.approx(norms, rel=0.03)
+
+
+def test_no_trace_estimate_while_sigma_is_far_from_its_value(tmp_path):
+    model = Elementwise(lambda w: w**2, torch.ones(100))
+    trainer = trained(
+        tmp_path,
+        model,
+        lr=0.0,
+        max_steps=20,
+        sigma=0.1,
+        sigma_schedule="linear",
+        log_sharpness=True,
+    )
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["nso/trace_estimate" in e for e in logs] == [e["step"] >= 2 for e in logs]
+    # H = 2 I, u'Hu/sigma^2 = 200 +- 28 for normal u; losses of 100 (ulp 8e-6) over sigma^2 >= 1e-4.
+    assert all(abs(e["nso/trace_estimate"] - 200) < 150 for e in logs[1:])
+
+
+def test_the_norm_is_measured_once_between_logs(tmp_path, monkeypatch):
+    from nso_hf.perturbation import Perturbation
+
+    calls = []
+    original = Perturbation.measure
+    monkeypatch.setattr(Perturbation, "measure", lambda self: calls.append(1) or original(self))
+    model = Elementwise(lambda w: w**2, torch.ones(100))
+    trained(
+        tmp_path,
+        model,
+        max_steps=4,
+        logging_steps=2,
+        gradient_accumulation_steps=4,
+        per_device_train_batch_size=1,
+    )
+    assert len(calls) == 2

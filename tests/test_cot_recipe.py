@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,7 @@ class Parrot(torch.nn.Module):
     """Generates given texts, one after the other."""
 
     device = torch.device("cpu")
+    generation_config = SimpleNamespace(eos_token_id=[1, 7])  # 7 ends a turn
 
     def __init__(self, texts, tokenizer):
         super().__init__()
@@ -193,11 +195,14 @@ class Parrot(torch.nn.Module):
 
     def generate(self, input_ids, attention_mask, **kwargs):
         assert not self.training and kwargs["do_sample"] is False
+        assert kwargs["eos_token_id"] == [1, 7] and kwargs["repetition_penalty"] == 1
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             prompt = self.tokenizer.decode(ids[mask.bool()])
             text = self.texts[prompt.removesuffix(" ###")]
-            rows.append(torch.tensor(self.tokenizer(text)["input_ids"][: kwargs["max_new_tokens"]]))
+            ids = self.tokenizer(text.removesuffix("<turn>"))["input_ids"]
+            ids = ids + [7] * text.endswith("<turn>")
+            rows.append(torch.tensor(ids[: kwargs["max_new_tokens"]]))
         new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
         return torch.cat([input_ids, new], dim=1)
 
@@ -209,7 +214,7 @@ def test_evaluation_counts_what_the_model_says():
     said = {
         "short": " 1 + 1 --> 2</s>",
         "a longer question": " --> 3</s>",
-        "q": " the answer is 2</s>",
+        "q": " the answer is 2<turn>",
         "unfinished": " on and on and on and on",
     }
     examples = [Example(question, "2") for question in said]
@@ -292,6 +297,15 @@ def test_no_question_is_in_two_splits(tmp_path, with_validation_file):
     assert len(test) == 20 and len(validation) == (5 if with_validation_file else 8)
     assert not train & test and not validation & test and not train & validation
     assert len(train) == (25 if with_validation_file else 22)
+
+
+def test_a_loss_that_is_not_a_number_still_gets_its_report(tmp_path):
+    from nso_hf.reasoning.report import plot_training
+
+    log = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 2.0, "eval_loss": float("inf")}]
+    plot_training(log, tmp_path / "plot.png")
+    plot_training([], tmp_path / "empty.png")
+    assert (tmp_path / "plot.png").exists() and (tmp_path / "empty.png").exists()
 
 
 def test_label_smoothing_with_an_encoder_decoder(tmp_path):

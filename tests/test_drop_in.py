@@ -113,5 +113,14 @@ def test_the_mixin_overrides_only_what_it_means_to():
         "create_accelerator_and_postprocess",
         "get_batch_samples",
         "log",
+        "train",
         "training_step",
     }
+
+
+def test_the_trainer_keeps_no_weights_after_training(tmp_path):
+    trainer = NSOTrainer(model=tiny_llama(), args=config(tmp_path), train_dataset=token_data(12))
+    trainer.train()
+    assert trainer._nso_weights is None
+    trainer.train()  # and can be asked again
+    assert trainer.state.global_step == 3

@@ -55,10 +55,10 @@ class SAM(Method):
     """g(W + rho g(W)/||g(W)||), Foret et al."""
 
     options = frozenset()
-    kwargs = MappingProxyType({"rho": 0.05})
+    defaults = MappingProxyType({"rho": 0.05})
 
     def points(self, step):
-        rho = (self.kwargs | (self.args.method_kwargs or {}))["rho"]
+        rho = self.kwargs["rho"]
         ascent = []
         with gradients_apart(step.weights, ascent):
             loss = yield Point()
@@ -89,10 +89,10 @@ class TwoPoint(Method):
     """Zeroth order: (f(W + mu z) - f(W - mu z))/(2 mu) z, arXiv 2506.05454."""
 
     options = frozenset()
-    kwargs = MappingProxyType({"mu": 1e-3})
+    defaults = MappingProxyType({"mu": 1e-3})
 
     def points(self, step):
-        mu = (self.kwargs | (self.args.method_kwargs or {}))["mu"]
+        mu = self.kwargs["mu"]
         z = Noise(step.seed, step.number, 0, mu)
         above = yield Point(z, weight=0)
         below = yield Point(z, sign=-1, weight=0, last=True)

@@ -26,9 +26,9 @@ class Replicated(Backend):
 
     @contextmanager
     def accumulate_only(self, model: nn.Module) -> Iterator[None]:
-        # A static graph is recorded in its first backward and has to be the same in each: it
-        # reduces in every pass,
-        # which gives the same sum, since what is already reduced is equal on all replicas.
+        # A static graph is recorded in its first backward pass and has to be the same in each: it
+        # reduces in every pass. What was reduced before is equal on all replicas, so the sum is
+        # the same.
         if getattr(model, "static_graph", False):
             yield
         else:

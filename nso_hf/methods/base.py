@@ -56,11 +56,13 @@ class Method(ABC):
 
     options: ClassVar[frozenset[str]]
     """The fields of `NSOArguments` it reads, beyond those that every method obeys."""
-    kwargs: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Its own options and their defaults, given as `method_kwargs`."""
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Its own options, which `method_kwargs` overrides."""
 
     def __init__(self, args: "NSOArguments") -> None:
         self.args = args
+        given = args.method_kwargs if isinstance(args.method_kwargs, dict) else {}
+        self.kwargs = {**self.defaults, **given}
 
     @classmethod  # noqa: B027
     def check(cls, args: "NSOArguments") -> None:

@@ -2,13 +2,12 @@ r"""Noise Stability Optimization (Zhang, Li, Ju; TMLR 2024, arXiv 2306.08553, Al
 
 Draw U_1 ... U_k ~ P with mean 0, E[U U'] = sigma^2 I, P symmetric. The gradient of a step is
 
-    g = lambda grad f(W) + (1 - lambda)/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)]
-    two-sided
-    g = lambda grad f(W) + (1 - lambda)/k    sum_j  grad f(W + U_j)
-    one-sided
+    two-sided   g = lambda grad f(W) + (1-lambda)/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)]
+    one-sided   g = lambda grad f(W) + (1-lambda)/k    sum_j  grad f(W + U_j)
 
-whose expectation at lambda = 0 is the gradient of E f(W + U) = f(W) + sigma^2/2 Tr Hessian(W) +
-O(sigma^4). With sign="alternate", micro-batch m of the step (over all replicas) has one evaluation,
+whose expectation at lambda = 0 is the gradient of
+E f(W + U) = f(W) + sigma^2/2 Tr Hessian(W) + O(sigma^4).
+With sign="alternate", micro-batch m of the step (over all replicas) has one evaluation,
 
     g_m = grad f_m(W + (-1)^m U_j),    j = floor(m/2) mod k
 
@@ -69,6 +68,9 @@ class NSO(Method):
         if args.log_sharpness and not args.two_sided:
             rule = "[f(W+U) + f(W-U) - 2 f(W)]/sigma^2 needs both signs"
             raise refusal("log_sharpness", True, rule, "Set two_sided=True")
+        if args.log_sharpness and not args.common_random_numbers:
+            rule = "with dropout masks of their own, f(W+U) and f(W) are different functions"
+            raise refusal("log_sharpness", True, rule, "Set common_random_numbers=True")
         if args.log_sharpness and (args.sigma == 0 or args.clean_weight == 1):
             rule = f"no noise is added at sigma={args.sigma}, clean_weight={args.clean_weight}"
             raise refusal("log_sharpness", True, rule, "Set sigma > 0 and clean_weight < 1")
@@ -88,7 +90,8 @@ class NSO(Method):
 
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
         lam, k = self.args.clean_weight, self.args.num_perturbations
-        sigma = self.args.sigma * SIGMA_SCHEDULES[self.args.sigma_schedule](step.progress)
+        share = SIGMA_SCHEDULES[self.args.sigma_schedule](step.progress)
+        sigma = share * self.args.sigma
         if sigma == 0 or lam == 1:
             return (yield Point(last=True))
         if step.is_measured:
@@ -101,7 +104,8 @@ class NSO(Method):
             pair, odd = divmod(step.micro_batch, 2)
             return (yield Point(U(pair % k), sign=-1 if odd else 1, last=True))
 
-        measures_trace = self.args.log_sharpness and step.is_measured
+        # While sigma is still small the differences of losses are rounding, divided by sigma^2.
+        measures_trace = self.args.log_sharpness and step.is_measured and share >= 0.1
         clean = (yield Point(weight=lam)) if lam > 0 or measures_trace else None
         signs = (1, -1) if self.args.two_sided else (1,)
         evaluations = [(j, sign) for j in range(k) for sign in signs]

@@ -72,6 +72,7 @@ def evaluate_answers(
     mine = questions[accelerator.process_index :: accelerator.num_processes]
     mine.sort(key=lambda question: len(prompts[question]))  # little padding in a batch
     starts = range(0, len(mine), batch_size)
+    stop_tokens = _stop_tokens(model, tokenizer.eos_token_id)
     was_training = model.training
     model.eval()
     predictions = []
@@ -87,7 +88,8 @@ def evaluate_answers(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(stop_tokens),
+            repetition_penalty=1.0,
         )
         prompt_length = 1 if prompt_format.is_encoder_decoder else inputs["input_ids"].shape[1]
         for question, tokens in zip(batch, outputs[:, prompt_length:], strict=True):
@@ -99,9 +101,15 @@ def evaluate_answers(
                     "answer": answers[question],
                     "completion": text,
                     **asdict(judgement),
-                    "complete": bool((tokens == tokenizer.eos_token_id).any()),
+                    "complete": not stop_tokens.isdisjoint(tokens.tolist()),
                 }
             )
     model.train(was_training)
     gathered = {p["question"]: p for p in gather_object(predictions)}
     return Evaluation([gathered[question] for question in questions])
+
+
+def _stop_tokens(model: PreTrainedModel, eos_token_id: int) -> set[int]:
+    """The end-of-text token that is trained, and those that the model came with (end of turn)."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}

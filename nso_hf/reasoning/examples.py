@@ -116,9 +116,14 @@ def load_examples(
             _SUFFIXES[files[split].suffix], data_files=str(files[split]), split="train"
         )
     else:
-        if split not in get_dataset_split_names(dataset, config):
-            return None
-        rows = load_dataset(dataset, config, split=split)
+        try:
+            if split not in get_dataset_split_names(dataset, config):
+                return None
+            rows = load_dataset(dataset, config, split=split)
+        except (OSError, ValueError) as error:  # not there, no network, no such configuration
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            cure = "Check the id, --dataset_config and the network, or give a local path"
+            raise refusal("dataset", dataset, reason, cure) from error
     parse = PRESETS[preset].parse
     try:
         return [parse(row, columns) for row in rows]

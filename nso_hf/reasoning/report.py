@@ -1,5 +1,6 @@
 """What a finished run shows: a table in the terminal and a plot of the training."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def plot_training(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     def series(name: str) -> tuple[list[float], list[float]]:
-        entries = [entry for entry in log if name in entry]
+        entries = [entry for entry in log if math.isfinite(entry.get(name, math.nan))]
         return [entry["step"] for entry in entries], [entry[name] for entry in entries]
 
     names = ("loss", "eval_accuracy", "nso/perturbation_norm")
