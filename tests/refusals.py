@@ -57,7 +57,7 @@ def recipe(
             "--report_to": "none",
             "--validation_size": "4",
             "--test_size": "4",
-        "--max_new_tokens": "20",
+            "--max_new_tokens": "20",
         }
         given = [flag.format(folder=folder) for flag in flags]
         command = [
