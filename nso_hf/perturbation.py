@@ -13,7 +13,11 @@ _CHUNK = 2**18  # elements compared at a time: what `measure` allocates, and no 
 
 
 class Displacement(Protocol):
-    """A displacement U of the weights."""
+    """A displacement U of the weights.
+
+    Two that compare equal are taken for the same U; one that holds tensors should compare by
+    identity.
+    """
 
     def add_to(self, weights: Sequence[Weight]) -> None:
         """Add U to each local weight, in place."""
@@ -50,8 +54,7 @@ class Perturbation:
             torch.clear_autocast_cache()
 
     def _reflect(self) -> None:
-        """W + U -> W - U = 2 W - (W + U), in one rounding: exactly opposite to the U that was
-        really applied."""
+        """W + U -> W - U = 2 W - (W + U), in one rounding: no noise is drawn or kept for it."""
         assert self._backup is not None
         torch._foreach_neg_(self._data)
         torch._foreach_add_(self._data, self._backup, alpha=2)

@@ -383,7 +383,9 @@ def check_lengths(
     if longest_row > positions:
         rule = f"a training text has {longest_row} tokens and the model {positions} positions"
         raise refusal("max_length", data.max_length, rule, f"Set --max_length {positions}")
-    if longest_prompt + data.max_new_tokens > positions:
+    separate = model.config.is_encoder_decoder  # the prompt and the answer have their own positions
+    answer = data.max_new_tokens
+    if (max(longest_prompt, answer) if separate else longest_prompt + answer) > positions:
         rule = f"with a prompt of {longest_prompt} it exceeds the model's {positions} positions"
         cure = "Lower it, or leave out the longest questions"
         raise refusal("max_new_tokens", data.max_new_tokens, rule, cure)
@@ -434,7 +436,9 @@ def main(argv: list[str] | None = None) -> None:
         raise refusal("max_length", data.max_length, rule, "Raise it")
 
     prompts = [prompt_format.prompt_ids(example.question) for example in [*validation, *test]]
-    longest_row = max(len(row["input_ids"]) for row in [*rows, *validation_rows])
+    longest_row = max(
+        len(row[name]) for row in [*rows, *validation_rows] for name in ("input_ids", "labels")
+    )
     check_lengths(model, data, longest_row, max(map(len, prompts)))
 
     trainer = ReasoningTrainer(
@@ -469,9 +473,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(f"prompt: {prompt_format.prompt(train[0].question)!r}")
         print(f"completion: {prompt_format.completions(train[0])[0]!r}", flush=True)
-    before_file = (
-        output / "before.json"
-    )  # a resumed run has trained already, and reads it from here
+    before_file = output / "before.json"  # read by a resumed run, whose model has changed since
     if checkpoint and before_file.exists():
         before = json.loads(before_file.read_text())
     elif data.evaluate_before and not checkpoint:
@@ -528,3 +530,5 @@ if __name__ == "__main__":
         main()
     except Refusal as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted.")

@@ -121,3 +121,6 @@ def test_number_of_passes_is_what_the_formula_needs(tmp_path):
         assert count == [True] * passes
         once = trainer.floating_point_ops({"input_ids": torch.zeros(4, 12)})
         assert trainer.state.total_flos == passes * once
+    # The forward pass at W for the trace is a third of a pass.
+    trainer = train(tiny_llama(), token_data(4), config(tmp_path, max_steps=1, log_sharpness=True))
+    assert trainer.state.total_flos == pytest.approx((2 + 1 / 3) * once)

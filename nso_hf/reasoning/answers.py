@@ -1,7 +1,6 @@
 """Reading an answer out of generated text and comparing it with the right one."""
 
 import re
-import string
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -38,17 +37,28 @@ def is_numeric(answer: str) -> bool:
     return _NUMBER.fullmatch(number) is not None and len(numbers(number)) == 1
 
 
-_PUNCTUATION = str.maketrans(string.punctuation, " " * len(string.punctuation))
+_WORD = re.compile(r"-?\d+(?:\.\d+)?|\w+")
+_SYMBOL = re.compile(r"""[^\w\s.,;:!?'"()-]""")
 
 
 def _words(text: str) -> list[str]:
-    return text.lower().translate(_PUNCTUATION).split()
+    return _WORD.findall(text.lower())
 
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous white space: "(B)" -> "b"."""
     words = _words(text)
     return " ".join(word for word in words if word not in ("a", "an", "the") or len(words) == 1)
+
+
+def _compare(prediction: str, text: str, answer: str) -> tuple[bool, bool]:
+    """Whether the prediction equals the answer, and whether the text contains it."""
+    if _SYMBOL.search(answer) or not _words(answer):  # in [-1, 2] or x + y symbols carry meaning
+        same, inside, wanted = ("".join(s.lower().split()) for s in (prediction, text, answer))
+        return same == wanted, wanted in inside
+    # Contained with its articles, since "A" may be the answer.
+    contained = f" {' '.join(_words(answer))} " in f" {' '.join(_words(text))} "
+    return normalise(prediction) == normalise(answer), contained
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Judgement:
     prediction: str
     correct: bool
     """The prediction equals the answer: as a number where the answer is one, else as a normalised
-    string."""
+    string, or to white space and case where the answer has symbols."""
     contains_answer: bool
     """The answer stands somewhere in the text."""
     correct_format: bool
@@ -86,7 +96,5 @@ def judge(text: str, answer: str) -> Judgement:
         lines = text.strip().splitlines()
         if not marker:
             prediction = lines[-1].strip() if lines else ""
-        correct = normalise(prediction) == normalise(answer)
-        # With its articles, since "A" may be the answer.
-        contains = f" {' '.join(_words(answer))} " in f" {' '.join(_words(text))} "
+        correct, contains = _compare(prediction, text, answer)
     return Judgement(prediction, correct, contains, correct_format)

@@ -76,35 +76,36 @@ def evaluate_answers(
     was_training = model.training
     model.eval()
     predictions = []
-    for start in tqdm(starts, desc=description, disable=not accelerator.is_local_main_process):
-        batch = mine[start : start + batch_size]
-        inputs = tokenizer.pad(
-            {"input_ids": [prompts[question] for question in batch]},
-            padding_side="right" if prompt_format.is_encoder_decoder else "left",
-            return_tensors="pt",
-        ).to(model.device)
-        outputs = model.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(stop_tokens),
-            repetition_penalty=1.0,
-        )
-        prompt_length = 1 if prompt_format.is_encoder_decoder else inputs["input_ids"].shape[1]
-        for question, tokens in zip(batch, outputs[:, prompt_length:], strict=True):
-            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            judgement = judge(text, answers[question])
-            predictions.append(
-                {
-                    "question": question,
-                    "answer": answers[question],
-                    "completion": text,
-                    **asdict(judgement),
-                    "complete": not stop_tokens.isdisjoint(tokens.tolist()),
-                }
+    try:
+        for start in tqdm(starts, desc=description, disable=not accelerator.is_local_main_process):
+            batch = mine[start : start + batch_size]
+            inputs = tokenizer.pad(
+                {"input_ids": [prompts[question] for question in batch]},
+                padding_side="right" if prompt_format.is_encoder_decoder else "left",
+                return_tensors="pt",
+            ).to(model.device)
+            outputs = model.generate(  # type: ignore[operator]
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(stop_tokens),
+                repetition_penalty=1.0,
             )
-    model.train(was_training)
+            skipped = 1 if prompt_format.is_encoder_decoder else inputs["input_ids"].shape[1]
+            for question, tokens in zip(batch, outputs[:, skipped:], strict=True):
+                text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+                predictions.append(
+                    {
+                        "question": question,
+                        "answer": answers[question],
+                        "completion": text,
+                        **asdict(judge(text, answers[question])),
+                        "complete": not stop_tokens.isdisjoint(tokens.tolist()),
+                    }
+                )
+    finally:
+        model.train(was_training)
     gathered = {p["question"]: p for p in gather_object(predictions)}
     return Evaluation([gathered[question] for question in questions])
 
