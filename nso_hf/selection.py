@@ -26,7 +26,7 @@ def select_perturbed(weights: Sequence[Weight], args: NSOArguments) -> list[Weig
         weight
         for weight in weights
         if weight.parameter.requires_grad
-        and weight.parameter.ndim >= args.perturb_min_ndim
+        and len(weight.shape) >= args.perturb_min_ndim
         and (args.perturb_include is None or _matches(weight, args.perturb_include))
         and not _matches(weight, args.perturb_exclude or [])
     ]

@@ -16,7 +16,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.utils import logging
 
 from nso_hf.arguments import NSOArguments
-from nso_hf.backends import Backend, Weight, select
+from nso_hf.backends import Backend, Weight, check, select
 from nso_hf.methods import METHODS, Point, Step
 from nso_hf.perturbation import Perturbation, borrowed
 from nso_hf.refusal import refusal
@@ -73,7 +73,8 @@ class NSOTrainerMixin(_Base):
                 cure = "Use a trainer whose training_step is one forward and backward pass"
                 raise refusal("trainer", name, rule, cure)
         super().__init__(*args, **kwargs)
-        self._nso_select()
+        assert self.model is not None
+        self._nso_select(self.model)
 
     @property
     def nso_args(self) -> NSOArguments:
@@ -85,7 +86,7 @@ class NSOTrainerMixin(_Base):
         # Called when the trainer is built, and again after each trial of a hyperparameter search
         # has set its options.
         self.nso_args.check()
-        self.nso_backend: Backend = select(self.accelerator)
+        check(self.accelerator)
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if "lomo" in optim or "layerwise" in optim:
             rule = "it updates the weights during the backward pass, while they are perturbed"
@@ -96,7 +97,7 @@ class NSOTrainerMixin(_Base):
             cure = "Launch one process per GPU with torchrun, or make one GPU visible"
             raise refusal("n_gpu", self.args.n_gpu, rule, cure)
         METHODS[self.nso_args.method].check_micro_batches(
-            self.nso_args, self.args.gradient_accumulation_steps, self.nso_backend.num_replicas
+            self.nso_args, self.args.gradient_accumulation_steps, self.accelerator.num_processes
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,9 +130,10 @@ class NSOTrainerMixin(_Base):
         """
         if callable(switch := getattr(self.optimizer, "train", None)):
             switch()  # schedule-free optimizers edit the weights here: before they are backed up
-        step = self._nso_step()
+        step = self._nso_step(model)
         points = METHODS[self.nso_args.method](self.nso_args).points(step)
-        with borrowed(step.weights) as perturbation:
+        backend = self.nso_backend
+        with backend.step_afterwards(), borrowed(step.weights, backend) as perturbation:
             point = next(points)
             while True:
                 perturbation.move_to(point.displacement, point.sign)
@@ -160,9 +162,13 @@ class NSOTrainerMixin(_Base):
         with ExitStack() as stack:
             if not point.last:
                 keep_random_state = self.nso_args.common_random_numbers or point.weight == 0
-                devices = {weight.data.device for weight in step.weights}
+                devices = {
+                    self.accelerator.device,
+                    *(weight.data.device for weight in step.weights),
+                }
                 stack.enter_context(without_side_effects(self, model, devices, keep_random_state))
-                stack.enter_context(self.nso_backend.accumulate_only(model))
+                is_first = self._nso_micro_batch == 1
+                stack.enter_context(self.nso_backend.accumulate_only(is_first))
                 share = 1 if point.weight else _FORWARD_SHARE
                 flops = share * float(self.floating_point_ops(inputs))
                 self.current_flos += flops  # type: ignore[assignment]
@@ -194,13 +200,13 @@ class NSOTrainerMixin(_Base):
             else:
                 self.accelerator.backward = own
 
-    def _nso_select(self) -> list[Weight]:
-        assert self.model is not None
-        return select_perturbed(self.nso_backend.weights(self.model), self.nso_args)
+    def _nso_select(self, model: nn.Module) -> list[Weight]:
+        self.nso_backend: Backend = select(self.accelerator, model)
+        return select_perturbed(self.nso_backend.weights(), self.nso_args)
 
-    def _nso_step(self) -> Step:
+    def _nso_step(self, model: nn.Module) -> Step:
         if self._nso_weights is None:
-            self._nso_weights = self._nso_select()
+            self._nso_weights = self._nso_select(model)
         backend, number = self.nso_backend, self.state.global_step
         step = Step(
             seed=self.args.seed,

@@ -61,7 +61,7 @@ def config(output_dir: Any, **options: Any) -> NSOConfig:
 
 def whole_noise(parameter: nn.Parameter, index: int, noise: Noise) -> Tensor:
     """U of one whole parameter, put together from its blocks, in float32."""
-    weight = Weight("", index, parameter, parameter.data, 0, parameter.numel())
+    weight = Weight("", index, parameter, parameter.data, 0, parameter.shape)
     blocks = -(-parameter.numel() // block_size(parameter.device))
     flat = torch.cat([noise.block(weight, block) for block in range(blocks)])
     return noise.std * flat.view(parameter.shape)

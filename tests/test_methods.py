@@ -101,7 +101,7 @@ class TwoPoint(Method):
             weight.parameter.grad = torch.zeros_like(weight.data)
         gradients = [
             type(weight)(
-                weight.name, weight.index, weight.parameter, weight.parameter.grad, 0, weight.numel
+                weight.name, weight.index, weight.parameter, weight.parameter.grad, 0, weight.shape
             )
             for weight in step.weights
         ]

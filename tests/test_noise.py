@@ -15,7 +15,7 @@ BLOCK = block_size(CPU)
 
 def weight(numel, index=0, start=0, local=None, dtype=torch.float32):
     data = torch.zeros(numel if local is None else local, dtype=dtype)
-    return Weight("w", index, torch.nn.Parameter(data), data, start, numel)
+    return Weight("w", index, torch.nn.Parameter(data), data, start, torch.Size([numel]))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_layout_and_dtype_of_the_weight_do_not_matter():
     expected = weight(40 * 60)
     noise.add_to([expected])
     transposed = torch.zeros(60, 40).t()
-    noise.add_to([Weight("w", 0, torch.nn.Parameter(transposed), transposed, 0, 2400)])
+    noise.add_to([Weight("w", 0, torch.nn.Parameter(transposed), transposed, 0, transposed.shape)])
     assert torch.equal(transposed, expected.data.view(40, 60))
     half = weight(2400, dtype=torch.bfloat16)
     noise.add_to([half])

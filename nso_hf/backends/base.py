@@ -1,9 +1,12 @@
 """What the rest of the library asks of a back end."""
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 
@@ -12,9 +15,9 @@ class Weight:
     """The part of one parameter that this process holds.
 
     `data` is written in place and outside autograd. Its elements are those at the positions
-    `start`, `start` + 1, ... of the whole parameter, flattened in row-major order and of `numel`
-    elements; `index` numbers the parameters of the model, frozen ones included, in the order of
-    `named_parameters()`.
+    `start`, `start` + 1, ... of the whole parameter, which has the shape `shape` and is flattened
+    in row-major order; `index` numbers the parameters of the model, frozen ones included, in the
+    order of `named_parameters()`.
     """
 
     name: str
@@ -22,22 +25,77 @@ class Weight:
     parameter: nn.Parameter
     data: Tensor
     start: int
-    numel: int
+    shape: torch.Size
+    copies: int = 1
+    """Processes that hold this same part, among those that `Backend.total` adds up."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return self.shape.numel()
+
+
+def whole(name: str, index: int, parameter: nn.Parameter, copies: int = 1) -> Weight:
+    """A parameter of which each process holds all elements."""
+    return Weight(name, index, parameter, parameter.data, 0, parameter.shape, copies)
 
 
 class Backend(ABC):
-    """How one kind of run holds its weights and reduces its gradients."""
+    """How one kind of run holds the weights of one model and reduces their gradients."""
 
-    rank: int
-    """This replica's number, 0 to `num_replicas` - 1."""
-    num_replicas: int
-    """Replicas of the model that see different micro-batches."""
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+        self._accelerator = accelerator
+        self._model = model  # wrapped, once training has begun
+        self.rank: int = accelerator.process_index
+        """This replica's number, 0 to `num_replicas` - 1."""
+        self.num_replicas: int = accelerator.num_processes
+        """Replicas of the model that see different micro-batches."""
 
     @abstractmethod
-    def weights(self, model: nn.Module) -> list[Weight]:
-        """Every parameter of `model` (wrapped or not), tied ones once, as this process holds it."""
+    def weights(self) -> list[Weight]:
+        """Every parameter of the model, tied ones once, as this process holds it."""
 
     @abstractmethod
-    def accumulate_only(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside, a backward pass adds to the local gradients and reduces nothing between
-        processes."""
+    def discard_gathered(self) -> None:
+        """Before the weights are written: drop what was gathered of them for an earlier forward
+        pass, so that the next one gathers what is written."""
+
+    @abstractmethod
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the whole model of `values`, which this process summed over its weights,
+        each divided by its `copies`."""
+
+    @abstractmethod
+    def _without_reduction(self, is_first: bool) -> AbstractContextManager[None]:
+        """See `accumulate_only`."""
+
+    @contextmanager
+    def accumulate_only(self, is_first: bool) -> Iterator[None]:
+        """Inside, a backward pass adds to the gradients, and another will follow before the
+        optimizer steps: gradients are reduced between processes only where it would take more
+        memory to put it off. `is_first` says whether this is the step's first micro-batch."""
+        state = self._accelerator.gradient_state
+        sync = state.sync_gradients
+        with self._without_reduction(is_first):
+            state._set_sync_gradients(False)
+            try:
+                yield
+            finally:
+                state._set_sync_gradients(sync)
+
+    def step_afterwards(self) -> AbstractContextManager[None]:
+        """An optimizer that steps by itself in the last backward pass waits for the end of this
+        context, when the weights are back in their place."""
+        return nullcontext()
+
+    def named_parameters(self) -> Iterator[tuple[int, str, nn.Parameter]]:
+        """Number, name and parameter; the names are those of the model as its author wrote it."""
+        model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            yield index, name, parameter
+
+
+_WRAPPERS: Sequence[str] = ("_orig_mod.", "_checkpoint_wrapped_module.")
+"""What compilation and activation checkpointing of single layers put into names."""

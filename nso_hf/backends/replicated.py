@@ -1,36 +1,29 @@
 """Whole weights in every process: one process, or several under DistributedDataParallel."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor
 
-from nso_hf.backends.base import Backend, Weight
+from nso_hf.backends.base import Backend, Weight, whole
 
 
 class Replicated(Backend):
     """Every process holds the whole model; one process is the case of a single replica."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self.rank = accelerator.process_index
-        self.num_replicas = accelerator.num_processes
+    def weights(self) -> list[Weight]:
+        return [whole(name, index, p) for index, name, p in self.named_parameters()]
 
-    def weights(self, model: nn.Module) -> list[Weight]:
-        model = self._accelerator.unwrap_model(model, keep_torch_compile=False)
-        return [
-            Weight(name, index, parameter, parameter.data, start=0, numel=parameter.numel())
-            for index, (name, parameter) in enumerate(model.named_parameters())
-        ]
+    def discard_gathered(self) -> None:
+        """Nothing is gathered."""
 
-    @contextmanager
-    def accumulate_only(self, model: nn.Module) -> Iterator[None]:
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+    def _without_reduction(self, is_first: bool) -> AbstractContextManager[None]:
         # A static graph is recorded in its first backward pass and has to be the same in each: it
         # reduces in every pass. What was reduced before is equal on all replicas, so the sum is
         # the same.
-        if getattr(model, "static_graph", False):
-            yield
-        else:
-            with self._accelerator.no_sync(model):
-                yield
+        if getattr(self._model, "static_graph", False):
+            return nullcontext()
+        no_sync: AbstractContextManager[None] = self._accelerator.no_sync(self._model)
+        return no_sync

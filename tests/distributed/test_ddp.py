@@ -67,7 +67,7 @@ def run_processes(program, processes=2, timeout=120):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
-    assert started.returncode == 0, output[-3000:]
+    assert started.returncode == 0, output[-6000:]
     return output
 
 

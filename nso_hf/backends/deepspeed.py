@@ -1,0 +1,73 @@
+"""DeepSpeed's ZeRO, stages 0 to 3.
+
+The optimizer's weights are copies (stages 1 to 3) in float32; the forward pass uses the model's own
+tensors, which are whole up to stage 2 and flat partitions in stage 3. Those are what is perturbed;
+the optimizer's step overwrites them from its copies. DeepSpeed steps inside its backward pass,
+when the weights are still perturbed: the step is put off.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from nso_hf.backends.base import Backend, Weight, whole
+
+ZERO_3 = 3
+
+
+class DeepSpeed(Backend):
+    """Every process holds the whole model, or from stage 3 on a partition of each weight."""
+
+    def weights(self) -> list[Weight]:
+        return [
+            self._partition(name, index, parameter)
+            if hasattr(parameter, "ds_tensor")
+            else whole(name, index, parameter, copies=self.num_replicas)
+            for index, name, parameter in self.named_parameters()
+        ]
+
+    def _partition(self, name: str, index: int, parameter: nn.Parameter) -> Weight:
+        held: Any = parameter
+        start = self.rank * held.ds_tensor.ds_numel
+        size = max(0, min(held.ds_tensor.ds_numel, held.ds_numel - start))  # the rest is padding
+        data = held.ds_tensor.data.narrow(0, 0, size)
+        return Weight(name, index, parameter, data, start, held.ds_shape)
+
+    def discard_gathered(self) -> None:
+        # Small weights stay gathered from one pass to the next, as long as the optimizer has not
+        # stepped.
+        if self._stage == ZERO_3 and self._engine is not None:
+            self._engine.optimizer._partition_all_parameters()
+
+    def total(self, values: Tensor) -> Tensor:
+        total: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "sum")
+        return total
+
+    def _without_reduction(self, is_first: bool) -> AbstractContextManager[None]:
+        # It follows from `sync_gradients`: up to stage 1 gradients are reduced once, before the
+        # step; from stage 2 on in each backward pass, which adds to the partition of this process.
+        return nullcontext()
+
+    @contextmanager
+    def step_afterwards(self) -> Iterator[None]:
+        engine = self._engine
+        steps = []
+        engine.step = lambda *args, **kwargs: steps.append((args, kwargs))
+        try:
+            yield
+        finally:
+            del engine.step
+        for args, kwargs in steps:
+            engine.step(*args, **kwargs)
+
+    @property
+    def _engine(self) -> Any:
+        wrapped = self._accelerator.deepspeed_engine_wrapped
+        return wrapped.engine if wrapped is not None else None
+
+    @property
+    def _stage(self) -> int:
+        stage: int = self._accelerator.state.deepspeed_plugin.zero_stage
+        return stage

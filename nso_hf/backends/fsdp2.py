@@ -1,0 +1,88 @@
+"""Weights sharded along their first dimension by `torch.distributed.fsdp.fully_shard` (FSDP2), with
+or without further replicas (HSDP), by Accelerate or when the model was loaded.
+
+The optimizer's weights are the shards, in float32 where training is in mixed precision: they are
+what is perturbed, before the cast. A forward pass gathers them; the root's stay gathered after a
+forward pass without a backward pass, and would be used again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from nso_hf.backends.base import Backend, Weight, whole
+from nso_hf.refusal import refusal
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model, or part of it, was sharded by `fully_shard`."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+class FSDP2(Backend):
+    """Every process holds a shard of each weight; some weights may be whole (adapters that were
+    added to a model sharded at load time)."""
+
+    def weights(self) -> list[Weight]:
+        self.discard_gathered()  # while gathered, the parameters are other tensors
+        return [
+            _shard(name, index, parameter)
+            if isinstance(parameter, DTensor)
+            else whole(name, index, parameter, copies=self.num_replicas)
+            for index, name, parameter in self.named_parameters()
+        ]
+
+    def discard_gathered(self) -> None:
+        for module in self._sharded_modules():
+            module.reshard()
+
+    def total(self, values: Tensor) -> Tensor:
+        total: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "sum")
+        return total
+
+    @contextmanager
+    def _without_reduction(self, is_first: bool) -> Iterator[None]:
+        """To put off the reduction of sharded gradients is to hold all of them, unsharded. So they
+        are reduced in each pass, but where accumulation holds them anyway; between replicas of the
+        shards it costs nothing to reduce once."""
+        if not self._accelerator.sync_gradients:  # the Trainer's own accumulation decides
+            yield
+            return
+        plugin = self._accelerator.gradient_state.plugin_kwargs
+        hold = not (is_first or plugin.get("sync_each_batch", False) or self._is_replicated())
+        modules = self._sharded_modules()
+        for module in modules:
+            if hold:
+                module.set_requires_gradient_sync(False, recurse=False)
+            else:
+                module.set_requires_all_reduce(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    def _is_replicated(self) -> bool:
+        parameters = (p for p in self._model.parameters() if isinstance(p, DTensor))
+        return any(parameter.device_mesh.ndim > 1 for parameter in parameters)
+
+    def _sharded_modules(self) -> list[FSDPModule]:
+        return [module for module in self._model.modules() if isinstance(module, FSDPModule)]
+
+
+def _shard(name: str, index: int, parameter: nn.Parameter) -> Weight:
+    assert isinstance(parameter, DTensor)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    *outer, inner = placements
+    if inner != Shard(0) or any(placement != Replicate() for placement in outer):
+        rule = f"its placement {placements} is not that of FSDP2 alone"
+        raise refusal("parameter", name, rule, "Use data parallelism without tensor parallelism")
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    row = parameter.shape[1:].numel()
+    copies = mesh.size() // mesh.size(mesh.ndim - 1)
+    local = parameter.to_local().detach()
+    return Weight(name, index, parameter, local, offsets[0] * row, parameter.shape, copies)

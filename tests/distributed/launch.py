@@ -1,0 +1,61 @@
+"""Starting several processes on the CPU."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_processes(command: list[str], timeout: float = 300) -> str:
+    """The output of a command that starts processes; all of them end with the call."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    started = subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = started.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, _traceback(output)
+    return output
+
+
+def _traceback(output: str) -> str:
+    """Of the first process that failed, or the end of the output."""
+    lines = [line for line in output.splitlines() if line.startswith("[rank0]")]
+    return "\n".join(lines)[-4000:] or output[-4000:]
+
+
+def torchrun(program: list[str], processes: int = 2, timeout: float = 300) -> str:
+    flags = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    return run_processes([sys.executable, "-m", "torch.distributed.run", *flags, *program], timeout)
+
+
+def launch(
+    cases: dict[str, dict[str, Any]], directory: Path, processes: int = 2
+) -> list[dict[str, dict[str, Any]]]:
+    """Run the worker on the cases; the results of each rank. The cases share a kind of back end."""
+    (directory / "cases.json").write_text(json.dumps(cases))
+    worker = ["-m", "tests.distributed.worker", str(directory / "cases.json"), str(directory)]
+    torchrun(worker, processes)
+    return [torch.load(directory / f"rank{rank}.pt") for rank in range(processes)]
