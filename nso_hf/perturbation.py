@@ -102,6 +102,9 @@ def borrowed(weights: Sequence[Weight], backend: Backend) -> Iterator[Perturbati
     perturbation = Perturbation(weights, backend)
     try:
         yield perturbation
+    except BaseException:
+        backend.abandon()
+        raise
     finally:
         try:
             perturbation.restore()

@@ -96,9 +96,6 @@ class NSOTrainerMixin(_Base):
             rule = "DataParallel copies the weights to every GPU in each forward pass"
             cure = "Launch one process per GPU with torchrun, or make one GPU visible"
             raise refusal("n_gpu", self.args.n_gpu, rule, cure)
-        METHODS[self.nso_args.method].check_micro_batches(
-            self.nso_args, self.args.gradient_accumulation_steps, self.accelerator.num_processes
-        )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         # Called once per optimizer step, for all its micro-batches.
@@ -202,6 +199,8 @@ class NSOTrainerMixin(_Base):
 
     def _nso_select(self, model: nn.Module) -> list[Weight]:
         self.nso_backend: Backend = select(self.accelerator, model)
+        accumulation, copies = self.args.gradient_accumulation_steps, self.nso_backend.num_copies
+        METHODS[self.nso_args.method].check_micro_batches(self.nso_args, accumulation, copies)
         return select_perturbed(self.nso_backend.weights(), self.nso_args)
 
     def _nso_step(self, model: nn.Module) -> Step:
@@ -212,7 +211,7 @@ class NSOTrainerMixin(_Base):
             seed=self.args.seed,
             number=number,
             progress=min(1.0, (number + 1) / max(1, self.state.max_steps)),
-            micro_batch=self._nso_micro_batch * backend.num_replicas + backend.rank,
+            micro_batch=self._nso_micro_batch * backend.num_copies + backend.copy,
             weights=self._nso_weights,
             is_measured=self._nso_measured_step in (None, number),
         )

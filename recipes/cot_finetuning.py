@@ -513,7 +513,7 @@ def main(argv: list[str] | None = None) -> None:
         "texts": len(rows),
         "texts_too_long": too_long,
         "backend": type(trainer.nso_backend).__name__,
-        "processes": trainer.nso_backend.num_replicas,
+        "processes": trainer.nso_backend.num_processes,
         "model_options": asdict(model_options),
         "data_options": asdict(data),
         "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},

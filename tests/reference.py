@@ -91,8 +91,8 @@ def reference_nso(
     data: list[dict[str, Tensor]],
     *,
     steps: int,
-    global_batch: int,
-    learning_rate: float,
+    global_batch: int | list[int],
+    learning_rate: float = 1.0,
     sigma: float,
     k: int = 1,
     lam: float = 0.0,
@@ -101,9 +101,11 @@ def reference_nso(
     distribution: str = "normal",
     max_grad_norm: float = 1.0,
     seed: int = 42,
+    optimizer: torch.optim.Optimizer | None = None,
+    learning_rates: list[float] | None = None,
 ) -> list[float]:
     """SGD on g = lam grad f(W) + (1 - lam)/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)], whole
-    batches.
+    batches of `global_batch` examples (a list: for each step), or another optimizer on the same g.
 
     With `alternate_micro_batches` = M the batch is cut into M parts, part m being evaluated at
     W + (-1)^m U_j with j = (m // 2) mod k alone. Trains `model` in place; returns the loss of each
@@ -111,8 +113,9 @@ def reference_nso(
     """
     parameters = list(model.parameters())
     losses = []
+    sizes = [global_batch] * steps if isinstance(global_batch, int) else global_batch
     for step in range(steps):
-        examples = data[step * global_batch : (step + 1) * global_batch]
+        examples = data[sum(sizes[:step]) : sum(sizes[: step + 1])]
         batch = {key: torch.stack([e[key] for e in examples]) for key in examples[0]}
         tokens = (batch["labels"][:, 1:] != -100).sum()
         W = [p.detach().clone() for p in parameters]
@@ -134,7 +137,7 @@ def reference_nso(
                 p.data = w
 
         if alternate_micro_batches:
-            size = global_batch // alternate_micro_batches
+            size = sizes[step] // alternate_micro_batches
             for m in range(alternate_micro_batches):
                 part = {key: value[m * size : (m + 1) * size] for key, value in batch.items()}
                 sign = (-1) ** m
@@ -150,9 +153,16 @@ def reference_nso(
 
         norm = torch.stack([g.norm() for g in gradient]).norm()
         scale = min(1.0, max_grad_norm / (norm.item() + 1e-6)) if max_grad_norm else 1.0
-        for p, g in zip(parameters, gradient, strict=True):
-            if p.requires_grad:
-                p.data = p.data - learning_rate * scale * g
+        if optimizer is not None:
+            for p, g in zip(parameters, gradient, strict=True):
+                p.grad = scale * g if p.requires_grad else None
+            for group in optimizer.param_groups if learning_rates else []:
+                group["lr"] = learning_rates[step]
+            optimizer.step()
+        else:
+            for p, g in zip(parameters, gradient, strict=True):
+                if p.requires_grad:
+                    p.data = p.data - learning_rate * scale * g
         losses.append(loss)
     model.zero_grad()
     return losses

@@ -46,10 +46,12 @@ class Backend(ABC):
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self._accelerator = accelerator
         self._model = model  # wrapped, once training has begun
-        self.rank: int = accelerator.process_index
-        """This replica's number, 0 to `num_replicas` - 1."""
-        self.num_replicas: int = accelerator.num_processes
-        """Replicas of the model that see different micro-batches."""
+        self.num_processes: int = accelerator.num_processes
+        self.num_copies: int = self.num_processes
+        """Copies of the weights, which can be at different points at the same time. Processes that
+        share one copy between them are at one point, with micro-batches of their own."""
+        self.copy: int = accelerator.process_index
+        """The number of this process's copy, 0 to `num_copies` - 1."""
 
     @abstractmethod
     def weights(self) -> list[Weight]:
@@ -82,6 +84,9 @@ class Backend(ABC):
                 yield
             finally:
                 state._set_sync_gradients(sync)
+
+    def abandon(self) -> None:  # noqa: B027
+        """After a pass that an exception cut off: forget it, so that the weights can be written."""
 
     def step_afterwards(self) -> AbstractContextManager[None]:
         """An optimizer that steps by itself in the last backward pass waits for the end of this

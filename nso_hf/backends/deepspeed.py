@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nso_hf.backends.base import Backend, Weight, whole
@@ -20,17 +21,22 @@ ZERO_3 = 3
 class DeepSpeed(Backend):
     """Every process holds the whole model, or from stage 3 on a partition of each weight."""
 
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+        super().__init__(accelerator, model)
+        if self._stage == ZERO_3:
+            self.num_copies, self.copy = 1, 0
+
     def weights(self) -> list[Weight]:
         return [
             self._partition(name, index, parameter)
             if hasattr(parameter, "ds_tensor")
-            else whole(name, index, parameter, copies=self.num_replicas)
+            else whole(name, index, parameter, copies=self.num_processes)
             for index, name, parameter in self.named_parameters()
         ]
 
     def _partition(self, name: str, index: int, parameter: nn.Parameter) -> Weight:
         held: Any = parameter
-        start = self.rank * held.ds_tensor.ds_numel
+        start = self._accelerator.process_index * held.ds_tensor.ds_numel
         size = max(0, min(held.ds_tensor.ds_numel, held.ds_numel - start))  # the rest is padding
         data = held.ds_tensor.data.narrow(0, 0, size)
         return Weight(name, index, parameter, data, start, held.ds_shape)

@@ -9,6 +9,7 @@ forward pass without a backward pass, and would be used again.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -27,18 +28,27 @@ class FSDP2(Backend):
     """Every process holds a shard of each weight; some weights may be whole (adapters that were
     added to a model sharded at load time)."""
 
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+        super().__init__(accelerator, model)
+        self.num_copies = _replicas(accelerator, model)
+        self.copy = accelerator.process_index * self.num_copies // self.num_processes
+
     def weights(self) -> list[Weight]:
         self.discard_gathered()  # while gathered, the parameters are other tensors
         return [
             _shard(name, index, parameter)
             if isinstance(parameter, DTensor)
-            else whole(name, index, parameter, copies=self.num_replicas)
+            else whole(name, index, parameter, copies=self.num_processes)
             for index, name, parameter in self.named_parameters()
         ]
 
     def discard_gathered(self) -> None:
         for module in self._sharded_modules():
             module.reshard()
+
+    def abandon(self) -> None:
+        for root in self._sharded_modules()[:1]:
+            root.reset_iter_state()
 
     def total(self, values: Tensor) -> Tensor:
         total: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "sum")
@@ -53,7 +63,7 @@ class FSDP2(Backend):
             yield
             return
         plugin = self._accelerator.gradient_state.plugin_kwargs
-        hold = not (is_first or plugin.get("sync_each_batch", False) or self._is_replicated())
+        hold = not (is_first or plugin.get("sync_each_batch", False) or self.num_copies > 1)
         modules = self._sharded_modules()
         for module in modules:
             if hold:
@@ -66,12 +76,17 @@ class FSDP2(Backend):
             for module in modules:
                 module.set_requires_gradient_sync(True, recurse=False)
 
-    def _is_replicated(self) -> bool:
-        parameters = (p for p in self._model.parameters() if isinstance(p, DTensor))
-        return any(parameter.device_mesh.ndim > 1 for parameter in parameters)
-
     def _sharded_modules(self) -> list[FSDPModule]:
         return [module for module in self._model.modules() if isinstance(module, FSDPModule)]
+
+
+def _replicas(accelerator: Accelerator, model: nn.Module) -> int:
+    """Groups of processes that each hold a copy: more than one in HSDP."""
+    loaded = getattr(getattr(model, "config", None), "distributed_config", None)
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if loaded is not None:
+        return loaded.dp_replicate_size or 1
+    return parallelism.dp_replicate_size if parallelism is not None else 1
 
 
 def _shard(name: str, index: int, parameter: nn.Parameter) -> Weight:

@@ -41,7 +41,8 @@ class Step:
     progress: float
     """The share of training that is over when this step is, in (0, 1]."""
     micro_batch: int
-    """Number of this micro-batch among those of all replicas in this optimizer step."""
+    """Number of this micro-batch among those of this optimizer step on all copies of the weights;
+    processes that share one copy between them share the number."""
     weights: Sequence[Weight]
     """The perturbed weights."""
     is_measured: bool
@@ -69,9 +70,9 @@ class Method(ABC):
         """Raise a `ValueError` for options that do not fit together."""
 
     @classmethod  # noqa: B027
-    def check_micro_batches(cls, args: "NSOArguments", accumulation: int, replicas: int) -> None:
-        """Raise a `ValueError` where an optimizer step has a number of micro-batches that the
-        method cannot use."""
+    def check_micro_batches(cls, args: "NSOArguments", accumulation: int, copies: int) -> None:
+        """Raise a `ValueError` where an optimizer step has a number of micro-batches, accumulation
+        steps x copies of the weights, that the method cannot use."""
 
     @abstractmethod
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:

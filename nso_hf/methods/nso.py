@@ -7,7 +7,8 @@ Draw U_1 ... U_k ~ P with mean 0, E[U U'] = sigma^2 I, P symmetric. The gradient
 
 whose expectation at lambda = 0 is the gradient of
 E f(W + U) = f(W) + sigma^2/2 Tr Hessian(W) + O(sigma^4).
-With sign="alternate", micro-batch m of the step (over all replicas) has one evaluation,
+With sign="alternate", micro-batch m of the step (over all copies of the weights) has one
+evaluation,
 
     g_m = grad f_m(W + (-1)^m U_j),    j = floor(m/2) mod k
 
@@ -76,15 +77,16 @@ class NSO(Method):
             raise refusal("log_sharpness", True, rule, "Set sigma > 0 and clean_weight < 1")
 
     @classmethod
-    def check_micro_batches(cls, args: "NSOArguments", accumulation: int, replicas: int) -> None:
+    def check_micro_batches(cls, args: "NSOArguments", accumulation: int, copies: int) -> None:
         evaluations = 2 * args.num_perturbations
-        if args.sign == "alternate" and accumulation * replicas % evaluations:
+        if args.sign == "alternate" and accumulation * copies % evaluations:
             rule = (
-                f"gradient_accumulation_steps ({accumulation}) x data-parallel processes "
-                f"({replicas}) must be a multiple of 2 x num_perturbations ({evaluations}), so "
-                "that each U meets as many + as - signs"
+                f"gradient_accumulation_steps ({accumulation}) x copies of the weights ({copies}: "
+                "one per process, or one per group of processes that shard it) must be a multiple "
+                f"of 2 x num_perturbations ({evaluations}), so that each U meets as many + as - "
+                "signs"
             )
-            multiple = math.lcm(evaluations, replicas) // replicas
+            multiple = math.lcm(evaluations, copies) // copies
             cure = f"Set gradient_accumulation_steps to a multiple of {multiple}"
             raise refusal("sign", "alternate", rule, f"{cure}, or use sign='both'")
 

@@ -1,5 +1,5 @@
-"""Runs training cases in each of several processes and saves what came out: `torchrun ... worker.py
-CASES OUTPUT`."""
+"""Runs cases in each of several processes and saves what came out: `torchrun ... worker.py CASES
+OUTPUT`."""
 
 import json
 import sys
@@ -7,26 +7,35 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate.state import PartialState
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import TrainerCallback
 
 from benchmarks.collectives import CountCollectives
 from nso_hf import NSOTrainer
-from tests.distributed.back_ends import BACK_ENDS, allow_fsdp_on_cpu, is_partitioned, lora, masters
+from nso_hf.backends import select
+from nso_hf.noise import Noise
+from tests.distributed.back_ends import (
+    BACK_ENDS,
+    allow_fsdp_on_cpu,
+    gathered,
+    is_partitioned,
+    lora,
+    masters,
+)
 from tests.reference import config, tiny_llama, token_data
 
 
-class Trainer(NSOTrainer):
-    """Counts what the first optimizer step communicates."""
+class Counting:
+    """Counts what each micro-batch communicates, and remembers what it was computed in."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.counted = []
         self.computed_in = None
-
-    def _remember_dtype(self, module, inputs, output):
-        self.computed_in = str(output.dtype).removeprefix("torch.")
 
     def training_step(self, *args, **kwargs):
         with CountCollectives() as count:
@@ -34,38 +43,52 @@ class Trainer(NSOTrainer):
         self.counted.append((self.state.global_step, dict(count.calls), dict(count.bytes)))
         return result
 
+    def remember_dtype(self, module, inputs, output):
+        self.computed_in = str(output.dtype).removeprefix("torch.")
+
+
+class CountingTrainer(Counting, NSOTrainer):
+    pass
+
+
+class PlainTrainer(Counting, transformers.Trainer):
+    pass
+
 
 def make_trainer(case, directory, **kwargs):
     """A trainer for `case`: the name of a back end, options of training, and a few of the test's
     own."""
     case = dict(case)
-    options = BACK_ENDS[case.pop("back_end", "ddp")] | case.pop("back_end_options", {})
-    use_sgd, use_lora = case.pop("sgd", True), case.pop("lora", False)
+    back_end = BACK_ENDS[case.pop("back_end", "ddp")]
+    for key, value in case.pop("settings", {}).items():  # of the back end
+        back_end = {
+            key: {**back_end[key], **value},
+            **{k: back_end[k] for k in set(back_end) - {key}},
+        }
+    use_lora, plain = case.pop("lora", False), case.pop("plain", False)
     model = tiny_llama(dropout=case.pop("dropout", 0.0))
     projection = model.model.layers[0].mlp.down_proj
     model = lora(model) if use_lora else model
-    args = config(
-        directory,
-        **{
-            "lr_scheduler_type": "constant",
-            "optim": "sgd" if use_sgd else "adamw_torch",
-            "learning_rate": 1.0 if use_sgd else 1e-2,
-            **options,
-            **case,
-        },
+    defaults = {"lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 1.0}
+    args = config(directory, **{**defaults, **back_end, **case})
+    trainer = (PlainTrainer if plain else CountingTrainer)(
+        model=model,
+        args=args,
+        train_dataset=token_data(48),
+        eval_dataset=token_data(8, seed=2),
+        **kwargs,
     )
-    trainer = Trainer(model=model, args=args, train_dataset=token_data(48), **kwargs)
-    projection.register_forward_hook(trainer._remember_dtype)
+    projection.register_forward_hook(trainer.remember_dtype)
     return trainer
 
 
 def facts(trainer):
     """What tells which back end, and which precision, the run got."""
+    select(trainer.accelerator, trainer.model_wrapped).discard_gathered()
     state = trainer.accelerator.state
     stage = state.deepspeed_plugin.zero_stage if state.deepspeed_plugin is not None else None
     wrapped = trainer.model_wrapped
     parameters = list(trainer.accelerator.unwrap_model(wrapped).parameters())
-    engine_stage = wrapped.zero_optimization_stage() if stage is not None else None
     return {
         "world_size": torch.distributed.get_world_size(),
         "processes": trainer.accelerator.num_processes,
@@ -73,7 +96,7 @@ def facts(trainer):
         "backend": type(trainer.nso_backend).__name__,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "stage": stage,
-        "engine_stage": engine_stage,
+        "engine_stage": wrapped.zero_optimization_stage() if stage is not None else None,
         "dtensors": sum(isinstance(p, DTensor) for p in parameters),
         "partitioned": sum(map(is_partitioned, parameters)),
         "parameters": len(parameters),
@@ -86,34 +109,130 @@ def facts(trainer):
 def _offloads(trainer, stage):
     if stage is not None:
         engine = trainer.model_wrapped
-        parameters = engine.zero_offload_param()
-        return engine.zero_cpu_offload() and (stage < 3 or parameters is not None)
+        return engine.zero_cpu_offload() and (stage < 3 or engine.zero_offload_param() is not None)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     return plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
 
 
-def run(case, directory):
+def train(case, directory):
+    """Weights, logs, and what was communicated."""
     resume = case.pop("resume", None)
     trainer = make_trainer(case, directory)
-    trainer.train(resume_from_checkpoint=resume)
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        hook.remove()
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    what_ran = {} if case.get("plain") else facts(trainer)
+    history = trainer.state.log_history
+    log = [entry for entry in history if "loss" in entry]
     return {
         "weights": masters(model, getattr(trainer.model_wrapped, "optimizer", None)),
         "losses": [entry["loss"] for entry in log],
+        "eval_losses": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
         "norms": [entry.get("nso/perturbation_norm") for entry in log],
         "traces": [entry.get("nso/trace_estimate") for entry in log],
-        "grad_norms": [entry.get("grad_norm") for entry in log],
+        "rates": rates,
         "counted": trainer.counted,
+        **what_ran,
+    }
+
+
+class Snapshot(TrainerCallback):
+    """The local weights as the first step finds them."""
+
+    def on_step_begin(self, *args, **kwargs):
+        if not hasattr(self, "before"):
+            self.before = self.now()
+
+    def now(self):
+        trainer = self.trainer
+        return {
+            w.name: w.data.clone()
+            for w in select(trainer.accelerator, trainer.model_wrapped).weights()
+        }
+
+
+class Failure(Exception):
+    pass
+
+
+def restore(case, directory):
+    """Whether the local weights are bit for bit as before after training at learning rate 0, which
+    an exception ends in evaluation `fail_in` of a step, at the place `fail_at`."""
+    place, number = case.pop("fail_at", None), case.pop("fail_in", None)
+    snapshot = Snapshot()
+    trainer = make_trainer({**case, "learning_rate": 0.0}, directory, callbacks=[snapshot])
+    snapshot.trainer = trainer
+    evaluations = 0
+
+    def fail(*args):
+        if evaluations == number:
+            raise Failure
+
+    compute_loss = trainer.compute_loss
+
+    def counted_loss(*args, **kwargs):
+        nonlocal evaluations
+        evaluations += 1
+        result = compute_loss(*args, **kwargs)
+        if place == "loss":
+            fail()
+        return result
+
+    trainer.compute_loss = counted_loss
+    layer = trainer.model.model.layers[1]
+    if place == "forward":
+        layer.mlp.register_forward_hook(fail)
+    if place == "backward":
+        layer.mlp.register_full_backward_hook(fail)
+    failed = False
+    try:
+        trainer.train()
+    except Failure:
+        failed = True
+    after = snapshot.now()
+    return {
+        "failed": failed,
+        "evaluations": evaluations,
+        "differ": [n for n, w in snapshot.before.items() if not torch.equal(w, after[n])],
+        "elements": sum(w.numel() for w in after.values()),
+        "left": [
+            "backward" in vars(trainer.accelerator),
+            "step" in vars(trainer.model_wrapped),
+        ],
         **facts(trainer),
     }
 
 
+def noise(case, directory):
+    """U of one draw as the back end adds it to weights of zero, whole."""
+    trainer = make_trainer({**case, "max_steps": 1, "learning_rate": 0.0}, directory)
+    trainer.train()
+    weights = select(trainer.accelerator, trainer.model_wrapped).weights()
+    for weight in weights:
+        weight.data.zero_()
+    Noise(seed=3, step=5, draw=1, std=0.1).add_to(weights)
+    whole = []
+    for weight in weights:
+        with gathered(weight.parameter) as data:
+            whole.append(data.clone())
+    return {"noise": whole, "local": [w.data.numel() for w in weights], **facts(trainer)}
+
+
+EXPERIMENTS = {"train": train, "restore": restore, "noise": noise}
+
+
 if __name__ == "__main__":
-    cases, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     allow_fsdp_on_cpu()
+    cases, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     results = {}
     for name, case in cases.items():
-        results[name] = run(case, case.pop("output_dir", None) or tempfile.mkdtemp())
+        experiment = EXPERIMENTS[case.pop("experiment", "train")]
+        results[name] = experiment(case, case.pop("output_dir", None) or tempfile.mkdtemp())
     torch.save(results, output / f"rank{torch.distributed.get_rank()}.pt")
     PartialState().destroy_process_group()
