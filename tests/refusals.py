@@ -3,16 +3,23 @@ docs/refusals.md."""
 
 import contextlib
 import io
+import os
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from nso_hf import NSOConfig, NSOSeq2SeqTrainer, NSOTrainer, NSOTrainerMixin
+from nso_hf.backends import check, select
 from nso_hf.refusal import Refusal
 from recipes.cot_finetuning import main
 from tests.reference import config, tiny_llama, token_data
@@ -67,6 +74,62 @@ def recipe(
         return main(command)
 
     return run
+
+
+def accelerator(
+    kind: DistributedType, fsdp: int = 2, deepspeed: dict | None = None, **settings
+) -> SimpleNamespace:
+    """What `nso_hf.backends` reads of an `Accelerator` in the second of two processes."""
+    plugins = {
+        "fsdp_plugin": SimpleNamespace(fsdp_version=fsdp) if kind == DistributedType.FSDP else None
+    }
+    if kind == DistributedType.DEEPSPEED:
+        zero = {"zero_optimization": {"stage": 2, **(deepspeed or {})}, "train_batch_size": 2}
+        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=zero | settings)
+    return SimpleNamespace(
+        distributed_type=kind,
+        process_index=1,
+        num_processes=2,
+        state=SimpleNamespace(**plugins),
+        parallelism_config=None,
+    )
+
+
+def run_of(kind: DistributedType, **settings) -> Callable[[Path], object]:
+    def check_run(folder: Path) -> object:
+        with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}):
+            return check(accelerator(kind, **settings))
+
+    return check_run
+
+
+def zero(**settings) -> Callable[[Path], object]:
+    return run_of(DistributedType.DEEPSPEED, deepspeed={"stage": 3, **settings})
+
+
+def fsdp_that_became_ddp(folder: Path) -> object:
+    run = accelerator(DistributedType.MULTI_CPU)
+    run.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
+    return check(run)
+
+
+def one_process_of_two(folder: Path) -> object:
+    run = accelerator(DistributedType.NO)
+    run.num_processes = 1
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}):
+        return check(run)
+
+
+def split_by_tensors(folder: Path) -> object:
+    run = accelerator(DistributedType.MULTI_GPU)
+    run.parallelism_config = ParallelismConfig(tp_size=2)
+    return check(run)
+
+
+def loaded_with_tensor_parallelism(folder: Path) -> object:
+    model = tiny_llama()
+    model.config.distributed_config = DistributedConfig(tp_size=2)
+    return select(accelerator(DistributedType.MULTI_GPU), model)
 
 
 def frozen() -> nn.Module:
@@ -152,6 +215,23 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     "AdaLOMO": trainer(optim="adalomo"),
     "layer-wise GaLore": trainer(optim="galore_adamw_layerwise", optim_target_modules=["mlp"]),
     "DataParallel": two_gpus,
+    "one process of several": one_process_of_two,
+    "FSDP that became DDP": fsdp_that_became_ddp,
+    "FSDP1": run_of(DistributedType.FSDP, fsdp=1),
+    "Megatron": run_of(DistributedType.MEGATRON_LM),
+    "XLA": run_of(DistributedType.XLA),
+    "tensor parallelism": split_by_tensors,
+    "tensor parallelism at load time": loaded_with_tensor_parallelism,
+    "ZeRO with secondary partitions": zero(zero_hpz_partition_size=2),
+    "ZeRO with quantised weights": zero(zero_quantized_weights=True),
+    "ZeRO with weights on NVMe": zero(offload_param={"device": "nvme"}),
+    "ZeRO with SuperOffload": zero(offload_optimizer={"device": "cpu", "super_offload": True}),
+    "ZeRO with ZenFlow": zero(zenflow={"topk_ratio": 0.1}),
+    "DeepSpeed's compiler": run_of(DistributedType.DEEPSPEED, compile={"deepcompile": True}),
+    "DeepSpeed's tensor parallelism": run_of(
+        DistributedType.DEEPSPEED, tensor_parallel={"autotp_size": 2}
+    ),
+    "DeepSpeed's sequence parallelism": run_of(DistributedType.DEEPSPEED, sequence_parallel_size=2),
     "trainer that generates": trainer(trainer_class=Grouped),
     "mixin behind the trainer": mixin_last,
     "seq2seq trainer with plain arguments": plain_arguments_for_seq2seq,

@@ -4,13 +4,14 @@ refusals."""
 import ast
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
+from torch import nn
 
 import nso_hf
-from nso_hf.backends import select
+from nso_hf.backends import check, select
+from tests.refusals import accelerator
 
 PACKAGE = Path(nso_hf.__file__).parent
 ORDER = [
@@ -61,35 +62,28 @@ def test_public_names_are_sorted_and_there():
     assert all(hasattr(nso_hf, name) for name in nso_hf.__all__)
 
 
-def accelerator(kind, fsdp=None, parallelism=None):
-    return SimpleNamespace(
-        distributed_type=kind,
-        process_index=1,
-        num_processes=2,
-        state=SimpleNamespace(fsdp_plugin=fsdp),
-        parallelism_config=parallelism,
-    )
-
-
 @pytest.mark.parametrize("kind", list(DistributedType))
-def test_every_kind_of_run_is_either_replicated_or_refused(kind):
+def test_every_kind_of_run_is_either_known_or_refused(kind):
+    known = {DistributedType.FSDP: "FSDP2", DistributedType.DEEPSPEED: "DeepSpeed"}
     if kind == DistributedType.NO or kind.value.startswith("MULTI_"):
-        backend = select(accelerator(kind))
-        assert (backend.rank, backend.num_replicas) == (1, 2)
+        known[kind] = "Replicated"
+    if kind in known:
+        backend = select(accelerator(kind), nn.Linear(2, 2))
+        assert type(backend).__name__ == known[kind]
+        assert backend.num_processes == 2
+        shared = kind == DistributedType.FSDP
+        assert (backend.copy, backend.num_copies) == ((0, 1) if shared else (1, 2))
     else:
-        message = f"distributed_type='{kind.value}': NSO runs in one process and under Distributed"
+        message = f"distributed_type='{kind.value}': NSO runs in one process, under Distributed"
         with pytest.raises(ValueError, match=message):
-            select(accelerator(kind))
+            check(accelerator(kind))
 
 
-def test_runs_that_silently_became_another_kind_are_refused():
-    with pytest.raises(ValueError, match=r"fsdp=True: .* silently became MULTI_CPU"):
-        select(accelerator(DistributedType.MULTI_CPU, fsdp=object()))
-    split = SimpleNamespace(non_data_parallel_size=2)
-    with pytest.raises(ValueError, match="tensor, context and sequence parallelism"):
-        select(accelerator(DistributedType.MULTI_GPU, parallelism=split))
-    whole = SimpleNamespace(non_data_parallel_size=1)
-    assert select(accelerator(DistributedType.MULTI_GPU, parallelism=whole)).num_replicas == 2
+def test_one_copy_of_the_weights_is_at_one_point():
+    """Whatever its stage, DeepSpeed holds whole copies, until it partitions the weights."""
+    for stage, copies in {0: 2, 1: 2, 2: 2, 3: 1}.items():
+        run = accelerator(DistributedType.DEEPSPEED, deepspeed={"stage": stage})
+        assert select(run, nn.Linear(2, 2)).num_copies == copies
 
 
 def _body(node):

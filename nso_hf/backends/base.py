@@ -43,15 +43,18 @@ def whole(name: str, index: int, parameter: nn.Parameter, copies: int = 1) -> We
 class Backend(ABC):
     """How one kind of run holds the weights of one model and reduces their gradients."""
 
+    num_processes: int
+    num_copies: int
+    """Copies of the weights, which can be at different points at the same time. Processes that
+    share one copy between them are at one point, with micro-batches of their own."""
+    copy: int
+    """The number of this process's copy, 0 to `num_copies` - 1."""
+
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self._accelerator = accelerator
         self._model = model  # wrapped, once training has begun
-        self.num_processes: int = accelerator.num_processes
-        self.num_copies: int = self.num_processes
-        """Copies of the weights, which can be at different points at the same time. Processes that
-        share one copy between them are at one point, with micro-batches of their own."""
-        self.copy: int = accelerator.process_index
-        """The number of this process's copy, 0 to `num_copies` - 1."""
+        self.num_processes = self.num_copies = accelerator.num_processes
+        self.copy = accelerator.process_index
 
     @abstractmethod
     def weights(self) -> list[Weight]:

@@ -33,7 +33,7 @@ def select(accelerator: Accelerator, model: nn.Module) -> Backend:
 def check(accelerator: Accelerator) -> None:
     """Raise a `ValueError` for a kind of run on which NSO would compute something else."""
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    if launched != accelerator.num_processes:
+    if launched > accelerator.num_processes:
         rule = f"{launched} processes were launched, and each would train on the same batches"
         cure = "On a machine without accelerators, pass use_cpu=True"
         raise refusal("num_processes", accelerator.num_processes, rule, cure)
@@ -52,8 +52,9 @@ def check(accelerator: Accelerator) -> None:
         rule = f"FSDP was asked for, but on this device the run silently became {kind.value}"
         raise refusal("fsdp", True, rule, "Run it on accelerators, or without FSDP")
     parallelism = getattr(accelerator, "parallelism_config", None)
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        raise refusal("parallelism_config", str(parallelism), _SPLIT, _CURE)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if getattr(parallelism, name, 1) > 1:
+            raise refusal(f"parallelism_config.{name}", getattr(parallelism, name), _SPLIT, _CURE)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -76,7 +77,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _is_one(value: Any) -> bool:
-    return int(value) <= 1
+    return value in (0, 1)
 
 
 _DEEPSPEED_RULES: list[tuple[str, Callable[[Any], bool], str]] = [

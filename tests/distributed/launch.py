@@ -41,9 +41,11 @@ def run_processes(command: list[str], timeout: float = 300) -> str:
 
 
 def _traceback(output: str) -> str:
-    """Of the first process that failed, or the end of the output."""
-    lines = [line for line in output.splitlines() if line.startswith("[rank0]")]
-    return "\n".join(lines)[-4000:] or output[-4000:]
+    """Of a process that failed by itself, not because another had; or the end of the output."""
+    lines = output.splitlines()
+    ranks = ["\n".join(x for x in lines if x.startswith(f"[rank{r}]")) for r in range(8)]
+    own = [text for text in ranks if text and "closed by peer" not in text]
+    return (own or [output])[0][-4000:]
 
 
 def torchrun(program: list[str], processes: int = 2, timeout: float = 300) -> str:

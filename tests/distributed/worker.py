@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
+from transformers.distributed import DistributedConfig
 
 from benchmarks.collectives import CountCollectives
 from nso_hf import NSOTrainer
@@ -36,10 +38,12 @@ class Counting:
         super().__init__(*args, **kwargs)
         self.counted = []
         self.computed_in = None
+        self.perturbed = None  # weights
 
     def training_step(self, *args, **kwargs):
         with CountCollectives() as count:
             result = super().training_step(*args, **kwargs)
+        self.perturbed = len(getattr(self, "_nso_weights", []))
         self.counted.append((self.state.global_step, dict(count.calls), dict(count.bytes)))
         return result
 
@@ -65,13 +69,22 @@ def make_trainer(case, directory, **kwargs):
             key: {**back_end[key], **value},
             **{k: back_end[k] for k in set(back_end) - {key}},
         }
-    use_lora, plain = case.pop("lora", False), case.pop("plain", False)
-    model = tiny_llama(dropout=case.pop("dropout", 0.0))
-    projection = model.model.layers[0].mlp.down_proj
-    model = lora(model) if use_lora else model
+    own = {
+        name: case.pop(name, None) for name in ("lora", "plain", "dropout", "loaded", "parallel")
+    }
     defaults = {"lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 1.0}
+    if own["parallel"]:
+        defaults["parallelism_config"] = ParallelismConfig(**own["parallel"])
     args = config(directory, **{**defaults, **back_end, **case})
-    trainer = (PlainTrainer if plain else CountingTrainer)(
+    if own["loaded"]:
+        path, sizes = own["loaded"]
+        sharding = DistributedConfig(**sizes)
+        model = LlamaForCausalLM.from_pretrained(path, distributed_config=sharding)
+    else:
+        model = tiny_llama(dropout=own["dropout"] or 0.0)
+    projection = model.model.layers[0].mlp.down_proj
+    model = lora(model) if own["lora"] else model
+    trainer = (PlainTrainer if own["plain"] else CountingTrainer)(
         model=model,
         args=args,
         train_dataset=token_data(48),
@@ -101,6 +114,9 @@ def facts(trainer):
         "partitioned": sum(map(is_partitioned, parameters)),
         "parameters": len(parameters),
         "fsdp_modules": sum(isinstance(m, FSDPModule) for m in wrapped.modules()),
+        "optimizer": type(getattr(wrapped, "optimizer", None)).__name__,
+        "perturbed": trainer.perturbed,
+        "copies": trainer.nso_backend.num_copies,
         "offloads": _offloads(trainer, stage),
         "computed_in": trainer.computed_in,
     }
