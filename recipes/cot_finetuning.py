@@ -13,6 +13,7 @@ of `TrainingArguments` is an option too.
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     set_seed,
 )
 
@@ -273,6 +275,16 @@ class DataOptions:
         return train, validation, test
 
 
+class AtTheBeginning(TrainerCallback):
+    """Calls a function when the model has been prepared for training."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.function()
+
+
 class ReasoningTrainer(NSOTrainer):
     """`NSOTrainer` whose evaluation also has the validation questions answered."""
 
@@ -474,16 +486,21 @@ def main(argv: list[str] | None = None) -> None:
         print(f"prompt: {prompt_format.prompt(train[0].question)!r}")
         print(f"completion: {prompt_format.completions(train[0])[0]!r}", flush=True)
     before_file = output / "before.json"  # read by a resumed run, whose model has changed since
-    if checkpoint and before_file.exists():
-        before = json.loads(before_file.read_text())
-    elif data.evaluate_before and not checkpoint:
+    before = json.loads(before_file.read_text()) if checkpoint and before_file.exists() else None
+    answering_seconds = 0.0
+
+    def answer_before() -> None:  # once the model is where, and sharded as, the back end wants it
+        nonlocal before, answering_seconds
+        began = time.monotonic()
         answers_before = answer(test, "Test, before training")
         before = summary(answers_before)
         if trainer.is_world_process_zero():
             answers_before.write(output / "predictions_before.jsonl")
             before_file.write_text(json.dumps(before, indent=2))
-    else:
-        before = None
+        answering_seconds = time.monotonic() - began
+
+    if data.evaluate_before and not checkpoint:
+        trainer.add_callback(AtTheBeginning(answer_before))
     train_started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -497,14 +514,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(
             f"\nInterrupted at step {trainer.state.global_step}; last checkpoint: {last}; {cure}."
         )
-    train_seconds = time.monotonic() - train_started
+    train_seconds = time.monotonic() - train_started - answering_seconds
     trainer.save_model()
     answers = answer(test, "Test, after training")
+    after = summary(answers)
     if not trainer.is_world_process_zero():
         return
     results = {
         "before": before,
-        "after": summary(answers),
+        "after": after,
         "steps": trainer.state.global_step,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "best_validation_metric": trainer.state.best_metric,
@@ -512,7 +530,7 @@ def main(argv: list[str] | None = None) -> None:
         "total_seconds": round(time.monotonic() - started, 1),
         "texts": len(rows),
         "texts_too_long": too_long,
-        "backend": type(trainer.nso_backend).__name__,
+        "backend": trainer.nso_backend.name,
         "processes": trainer.nso_backend.num_processes,
         "model_options": asdict(model_options),
         "data_options": asdict(data),
@@ -522,7 +540,7 @@ def main(argv: list[str] | None = None) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     answers.write(output / "predictions.jsonl")
     plot_training(trainer.state.log_history, output / "training.png")
-    print_results(before, results["after"], trainer.state.log_history, output)
+    print_results(before, after, trainer.state.log_history, output)
 
 
 if __name__ == "__main__":

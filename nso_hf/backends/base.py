@@ -43,6 +43,8 @@ def whole(name: str, index: int, parameter: nn.Parameter, copies: int = 1) -> We
 class Backend(ABC):
     """How one kind of run holds the weights of one model and reduces their gradients."""
 
+    name: str
+    """For people: what to write into a report."""
     num_processes: int
     num_copies: int
     """Copies of the weights, which can be at different points at the same time. Processes that

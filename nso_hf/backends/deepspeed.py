@@ -23,6 +23,8 @@ class DeepSpeed(Backend):
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         super().__init__(accelerator, model)
+        offloads = accelerator.state.deepspeed_plugin.hf_ds_config.is_offload()
+        self.name = f"DeepSpeed ZeRO-{self._stage}" + (", offloaded to the CPU" if offloads else "")
         if self._stage == ZERO_3:
             self.num_copies, self.copy = 1, 0
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -32,6 +32,9 @@ class FSDP2(Backend):
         super().__init__(accelerator, model)
         self.num_copies = _replicas(accelerator, model)
         self.copy = accelerator.process_index * self.num_copies // self.num_processes
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        offloads = isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
+        self.name = "FSDP2, offloaded to the CPU" if offloads else "FSDP2"
 
     def weights(self) -> list[Weight]:
         self.discard_gathered()  # while gathered, the parameters are other tensors

@@ -2,13 +2,18 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from nso_hf.backends.base import Backend, Weight, whole
 
 
 class Replicated(Backend):
     """Every process holds the whole model; one process is the case of a single replica."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+        super().__init__(accelerator, model)
+        self.name = "one process" if self.num_processes == 1 else "DistributedDataParallel"
 
     def weights(self) -> list[Weight]:
         return [whole(name, index, p) for index, name, p in self.named_parameters()]

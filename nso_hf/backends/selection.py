@@ -15,7 +15,7 @@ from nso_hf.backends.replicated import Replicated
 from nso_hf.refusal import refusal
 
 _SPLIT = "tensor, context, sequence, pipeline and expert parallelism split one batch over processes"
-_CURE = "Launch with one of accelerate_configs/"
+_CURE = "Launch with a configuration of the folder accelerate_configs"
 
 
 def select(accelerator: Accelerator, model: nn.Module) -> Backend:

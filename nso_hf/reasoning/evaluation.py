@@ -69,7 +69,10 @@ def evaluate_answers(
     questions = list(dict.fromkeys(example.question for example in examples))
     answers = {example.question: example.answer for example in examples}
     prompts = {question: prompt_format.prompt_ids(question) for question in questions}
+    # The same number for each process: where weights are sharded, all take part in every pass.
+    share = math.ceil(len(questions) / accelerator.num_processes)
     mine = questions[accelerator.process_index :: accelerator.num_processes]
+    mine += questions[: share - len(mine)]
     mine.sort(key=lambda question: len(prompts[question]))  # little padding in a batch
     starts = range(0, len(mine), batch_size)
     stop_tokens = _stop_tokens(model, tokenizer.eos_token_id)
