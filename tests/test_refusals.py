@@ -16,7 +16,7 @@ def test_a_wrong_input_gets_the_documented_message(name):
     text = message((LIBRARY | RECIPE)[name])
     assert f"| {name} | `{text.replace('|', '¦')}` |" in DOCUMENTED
     option, _, rest = text.partition("=")
-    assert re.fullmatch(r"[\w*]+", option), "it begins with the option and its value"
+    assert re.fullmatch(r"[\w*.]+", option), "it begins with the option and its value"
     assert not re.search(r" [.,](\s|$)", text), "a part of it is missing"
     rule_and_cure = rest.partition(": ")[2]
     assert rule_and_cure.endswith(".") and ". " in rule_and_cure, "a rule, then a cure"
