@@ -37,8 +37,9 @@ lint: $(VENV)/dev ## style and types alone
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/demo ## time and memory of a step against plain training and the alternatives
+bench: $(VENV)/dev ## time and memory of a step against plain training and the alternatives; what back ends send
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python -m benchmarks.back_ends
 
 refusals: $(VENV)/dev ## write docs/refusals.md anew
 	$(BIN)/python -m tests.refusals > docs/refusals.md

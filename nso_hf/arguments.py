@@ -78,8 +78,8 @@ class NSOArguments:
         default="both",
         metadata={
             "help": "'both': each micro-batch is evaluated at W + U and W - U. 'alternate': the "
-            "two signs are dealt to successive micro-batches and processes, one evaluation each, "
-            "at the price of plain training.",
+            "two signs are dealt to successive micro-batches and copies of the weights, one "
+            "evaluation each, at the price of plain training.",
             "choices": ["both", "alternate"],
         },
     )

@@ -16,7 +16,7 @@ from nso_hf.reasoning.evaluation import evaluate_answers
 from nso_hf.reasoning.examples import Example
 from nso_hf.reasoning.prompts import PromptFormat
 from recipes.cot_finetuning import main
-from tests.distributed.test_ddp import run_processes
+from tests.distributed.launch import torchrun
 from tests.tiny_models import byte_tokenizer, save_model
 
 ROOT = Path(__file__).parent.parent
@@ -239,7 +239,7 @@ def test_evaluation_counts_what_the_model_says():
 def test_torchrun_with_two_processes(tmp_path):
     model = save_model("llama", tmp_path / "model")
     evaluation = {"eval_strategy": "steps", "eval_steps": 2}
-    run_processes(
+    torchrun(
         [
             str(ROOT / "recipes" / "cot_finetuning.py"),
             *flags(model, tmp_path / "out", **evaluation),
