@@ -1,7 +1,7 @@
 """What the rest of the library asks of a back end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -27,17 +27,12 @@ class Weight:
     start: int
     shape: torch.Size
     copies: int = 1
-    """Processes that hold this same part, among those that `Backend.total` adds up."""
+    """Processes that hold this same part."""
 
     @property
     def numel(self) -> int:
         """Elements of the whole parameter."""
         return self.shape.numel()
-
-
-def whole(name: str, index: int, parameter: nn.Parameter, copies: int = 1) -> Weight:
-    """A parameter of which each process holds all elements."""
-    return Weight(name, index, parameter, parameter.data, 0, parameter.shape, copies)
 
 
 class Backend(ABC):
@@ -58,19 +53,29 @@ class Backend(ABC):
         self.num_processes = self.num_copies = accelerator.num_processes
         self.copy = accelerator.process_index
 
-    @abstractmethod
     def weights(self) -> list[Weight]:
         """Every parameter of the model, tied ones once, as this process holds it."""
+        model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
+        return [
+            self._held(_as_written(name), index, parameter)
+            for index, (name, parameter) in enumerate(model.named_parameters())
+        ]
+
+    def _held(self, name: str, index: int, parameter: nn.Parameter) -> Weight:
+        """The part of one parameter that this process holds: here, all of it."""
+        shape = parameter.shape
+        return Weight(name, index, parameter, parameter.data, 0, shape, self.num_processes)
 
     @abstractmethod
     def discard_gathered(self) -> None:
         """Before the weights are written: drop what was gathered of them for an earlier forward
         pass, so that the next one gathers what is written."""
 
-    @abstractmethod
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the whole model of `values`, which this process summed over its weights,
-        each divided by its `copies`."""
+        """The sum over all processes of `values`. Those summed over the weights of a process, each
+        divided by its `copies`, give the sum over the whole model."""
+        total: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "sum")
+        return total
 
     @abstractmethod
     def _without_reduction(self, is_first: bool) -> AbstractContextManager[None]:
@@ -98,14 +103,8 @@ class Backend(ABC):
         context, when the weights are back in their place."""
         return nullcontext()
 
-    def named_parameters(self) -> Iterator[tuple[int, str, nn.Parameter]]:
-        """Number, name and parameter; the names are those of the model as its author wrote it."""
-        model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
-        for index, (name, parameter) in enumerate(model.named_parameters()):
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            yield index, name, parameter
 
-
-_WRAPPERS: Sequence[str] = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What compilation and activation checkpointing of single layers put into names."""
+def _as_written(name: str) -> str:
+    """The name of a parameter in the model as its author wrote it, without what compilation and
+    activation checkpointing of single layers put in between."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
-from nso_hf.backends.base import Backend, Weight, whole
+from nso_hf.backends.base import Backend, Weight
 
 ZERO_3 = 3
 
@@ -28,15 +28,9 @@ class DeepSpeed(Backend):
         if self._stage == ZERO_3:
             self.num_copies, self.copy = 1, 0
 
-    def weights(self) -> list[Weight]:
-        return [
-            self._partition(name, index, parameter)
-            if hasattr(parameter, "ds_tensor")
-            else whole(name, index, parameter, copies=self.num_processes)
-            for index, name, parameter in self.named_parameters()
-        ]
-
-    def _partition(self, name: str, index: int, parameter: nn.Parameter) -> Weight:
+    def _held(self, name: str, index: int, parameter: nn.Parameter) -> Weight:
+        if not hasattr(parameter, "ds_tensor"):
+            return super()._held(name, index, parameter)
         held: Any = parameter
         start = self._accelerator.process_index * held.ds_tensor.ds_numel
         size = max(0, min(held.ds_tensor.ds_numel, held.ds_numel - start))  # the rest is padding
@@ -48,10 +42,6 @@ class DeepSpeed(Backend):
         # stepped.
         if self._stage == ZERO_3 and self._engine is not None:
             self._engine.optimizer._partition_all_parameters()
-
-    def total(self, values: Tensor) -> Tensor:
-        total: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "sum")
-        return total
 
     def _without_reduction(self, is_first: bool) -> AbstractContextManager[None]:
         # It follows from `sync_gradients`: up to stage 1 gradients are reduced once, before the

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nso_hf.backends.base import Backend, Weight, whole
+from nso_hf.backends.base import Backend, Weight
 from nso_hf.refusal import refusal
 
 
@@ -38,12 +38,22 @@ class FSDP2(Backend):
 
     def weights(self) -> list[Weight]:
         self.discard_gathered()  # while gathered, the parameters are other tensors
-        return [
-            _shard(name, index, parameter)
-            if isinstance(parameter, DTensor)
-            else whole(name, index, parameter, copies=self.num_processes)
-            for index, name, parameter in self.named_parameters()
-        ]
+        return super().weights()
+
+    def _held(self, name: str, index: int, parameter: nn.Parameter) -> Weight:
+        if not isinstance(parameter, DTensor):
+            return super()._held(name, index, parameter)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        *outer, inner = placements
+        if inner != Shard(0) or any(placement != Replicate() for placement in outer):
+            rule = f"its placement {placements} is not that of FSDP2 alone"
+            cure = "Use data parallelism without tensor parallelism"
+            raise refusal("parameter", name, rule, cure)
+        _, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+        start = offsets[0] * parameter.shape[1:].numel()
+        copies = mesh.size() // mesh.size(mesh.ndim - 1)
+        local = parameter.to_local().detach()
+        return Weight(name, index, parameter, local, start, parameter.shape, copies)
 
     def discard_gathered(self) -> None:
         for module in self._sharded_modules():
@@ -52,10 +62,6 @@ class FSDP2(Backend):
     def abandon(self) -> None:
         for root in self._sharded_modules()[:1]:
             root.reset_iter_state()
-
-    def total(self, values: Tensor) -> Tensor:
-        total: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "sum")
-        return total
 
     @contextmanager
     def _without_reduction(self, is_first: bool) -> Iterator[None]:
@@ -90,17 +96,3 @@ def _replicas(accelerator: Accelerator, model: nn.Module) -> int:
     if loaded is not None:
         return loaded.dp_replicate_size or 1
     return parallelism.dp_replicate_size if parallelism is not None else 1
-
-
-def _shard(name: str, index: int, parameter: nn.Parameter) -> Weight:
-    assert isinstance(parameter, DTensor)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    *outer, inner = placements
-    if inner != Shard(0) or any(placement != Replicate() for placement in outer):
-        rule = f"its placement {placements} is not that of FSDP2 alone"
-        raise refusal("parameter", name, rule, "Use data parallelism without tensor parallelism")
-    _, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-    row = parameter.shape[1:].numel()
-    copies = mesh.size() // mesh.size(mesh.ndim - 1)
-    local = parameter.to_local().detach()
-    return Weight(name, index, parameter, local, offsets[0] * row, parameter.shape, copies)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from nso_hf.backends.base import Backend, Weight, whole
+from nso_hf.backends.base import Backend
 
 
 class Replicated(Backend):
@@ -15,14 +15,11 @@ class Replicated(Backend):
         super().__init__(accelerator, model)
         self.name = "one process" if self.num_processes == 1 else "DistributedDataParallel"
 
-    def weights(self) -> list[Weight]:
-        return [whole(name, index, p) for index, name, p in self.named_parameters()]
-
     def discard_gathered(self) -> None:
         """Nothing is gathered."""
 
     def total(self, values: Tensor) -> Tensor:
-        return values
+        return self.num_processes * values  # every process has the same
 
     def _without_reduction(self, is_first: bool) -> AbstractContextManager[None]:
         # A static graph is recorded in its first backward pass and has to be the same in each: it

@@ -94,6 +94,9 @@ def test_hybrid_sharding(way, tmp_path):
     for rank in ranks:
         for facts in rank.values():
             assert (facts["backend"], facts["copies"], facts["world_size"]) == ("FSDP2", 2, 4)
+        elements = sum(p.numel() for p in tiny_llama().parameters())
+        # The norm of n normal numbers is sqrt(n) +- 1/sqrt(2): six of these are 3.3 %.
+        assert rank["one"]["norms"] == pytest.approx([SIGMA * elements**0.5] * 3, rel=0.033)
         counted = rank["one"]["counted"][-1][1]
         assert counted["reduce_scatter_base"] == 5 * counted["allreduce"]
     assert_equal(ranks, "one")
