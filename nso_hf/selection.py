@@ -49,9 +49,7 @@ def _check_can_carry_noise(weight: Weight) -> None:
     data = weight.data
     is_real = data.is_floating_point() and data.element_size() >= 2
     if not is_real or is_traceable_wrapper_subclass(data):
-        rule = (
-            f"no noise can be added to a quantised or sharded {type(data).__name__} ({data.dtype})"
-        )
+        rule = f"no noise can be added to a quantised {type(data).__name__} ({data.dtype})"
         cure = "Freeze it, leave it out with perturb_exclude, or train LoRA adapters on it"
         raise refusal("parameter", weight.name, rule, cure)
     if data.device.type == "meta":

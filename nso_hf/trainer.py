@@ -206,6 +206,7 @@ class NSOTrainerMixin(_Base):
     def _nso_step(self, model: nn.Module) -> Step:
         if self._nso_weights is None:
             self._nso_weights = self._nso_select(model)
+            self.nso_backend.check_prepared()
         backend, number = self.nso_backend, self.state.global_step
         step = Step(
             seed=self.args.seed,

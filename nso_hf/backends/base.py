@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from nso_hf.refusal import Refusal, refusal
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -98,10 +100,22 @@ class Backend(ABC):
     def abandon(self) -> None:  # noqa: B027
         """After a pass that an exception cut off: forget it, so that the weights can be written."""
 
+    @abstractmethod
+    def check_prepared(self) -> None:
+        """Raise a `ValueError` if the model is about to be trained without what joins the
+        processes."""
+
     def step_afterwards(self) -> AbstractContextManager[None]:
         """An optimizer that steps by itself in the last backward pass waits for the end of this
         context, when the weights are back in their place."""
         return nullcontext()
+
+
+def not_prepared(model: nn.Module, how: str) -> Refusal:
+    """The error for a model that Accelerate has not wrapped for training, or no longer holds."""
+    rule = f"it is not {how}, as after evaluate(), and each process would train a model of its own"
+    cure = "Make a new trainer, and evaluate after train() or in a callback's on_train_begin"
+    return refusal("model", type(model).__name__, rule, cure)
 
 
 def _as_written(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from nso_hf.backends.base import Backend, Weight
+from nso_hf.backends.base import Backend, Weight, not_prepared
 
 ZERO_3 = 3
 
@@ -47,6 +47,10 @@ class DeepSpeed(Backend):
         # It follows from `sync_gradients`: up to stage 1 gradients are reduced once, before the
         # step; from stage 2 on in each backward pass, which adds to the partition of this process.
         return nullcontext()
+
+    def check_prepared(self) -> None:
+        if self._engine is None:
+            raise not_prepared(self._model, "held by DeepSpeed")
 
     @contextmanager
     def step_afterwards(self) -> Iterator[None]:

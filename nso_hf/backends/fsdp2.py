@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nso_hf.backends.base import Backend, Weight
+from nso_hf.backends.base import Backend, Weight, not_prepared
 from nso_hf.refusal import refusal
 
 
@@ -60,8 +60,19 @@ class FSDP2(Backend):
             module.reshard()
 
     def abandon(self) -> None:
-        for root in self._sharded_modules()[:1]:
-            root.reset_iter_state()
+        for module in self._sharded_modules():
+            state = module._get_fsdp_state()
+            if state._is_root:
+                module.reset_iter_state()
+            # Unsharded gradients that accumulation holds survive the reset, and `zero_grad`.
+            for parameter in (p for group in state._fsdp_param_groups for p in group.fsdp_params):
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
+
+    def check_prepared(self) -> None:
+        if not is_sharded(self._model):
+            raise not_prepared(self._model, "sharded")
 
     @contextmanager
     def _without_reduction(self, is_first: bool) -> Iterator[None]:
@@ -91,8 +102,8 @@ class FSDP2(Backend):
 
 def _replicas(accelerator: Accelerator, model: nn.Module) -> int:
     """Groups of processes that each hold a copy: more than one in HSDP."""
-    loaded = getattr(getattr(model, "config", None), "distributed_config", None)
+    meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+    if meshes:
+        return meshes[0].size() // meshes[0].size(meshes[0].ndim - 1)
     parallelism = getattr(accelerator, "parallelism_config", None)
-    if loaded is not None:
-        return loaded.dp_replicate_size or 1
     return parallelism.dp_replicate_size if parallelism is not None else 1

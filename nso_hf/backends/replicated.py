@@ -4,8 +4,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from nso_hf.backends.base import Backend
+from nso_hf.backends.base import Backend, not_prepared
 
 
 class Replicated(Backend):
@@ -17,6 +18,11 @@ class Replicated(Backend):
 
     def discard_gathered(self) -> None:
         """Nothing is gathered."""
+
+    def check_prepared(self) -> None:
+        wrapped = any(isinstance(m, DistributedDataParallel) for m in self._model.modules())
+        if self.num_processes > 1 and not wrapped:
+            raise not_prepared(self._model, "wrapped in DistributedDataParallel")
 
     def total(self, values: Tensor) -> Tensor:
         return self.num_processes * values  # every process has the same

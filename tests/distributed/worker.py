@@ -1,9 +1,9 @@
 """Runs cases in each of several processes and saves what came out: `torchrun ... worker.py CASES
 OUTPUT`."""
 
+import contextlib
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -72,7 +72,12 @@ def make_trainer(case, directory, **kwargs):
     own = {
         name: case.pop(name, None) for name in ("lora", "plain", "dropout", "loaded", "parallel")
     }
-    defaults = {"lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 1.0}
+    defaults = {
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "per_device_eval_batch_size": 4,
+    }
     if own["parallel"]:
         defaults["parallelism_config"] = ParallelismConfig(**own["parallel"])
     args = config(directory, **{**defaults, **back_end, **case})
@@ -211,10 +216,11 @@ def restore(case, directory):
         trainer.train()
     except Failure:
         failed = True
-    after = snapshot.now()
+    after, evaluations_of_training = snapshot.now(), evaluations
     return {
         "failed": failed,
-        "evaluations": evaluations,
+        "evaluations": evaluations_of_training,
+        "eval_loss": trainer.evaluate()["eval_loss"],
         "differ": [n for n, w in snapshot.before.items() if not torch.equal(w, after[n])],
         "elements": sum(w.numel() for w in after.values()),
         "left": [
@@ -223,6 +229,42 @@ def restore(case, directory):
         ],
         **facts(trainer),
     }
+
+
+def retrain(case, directory):
+    """The weights of a training that comes after one which an exception ended, and after what
+    `first` says: "evaluate", or nothing."""
+    first = case.pop("first", None)
+    trainer = make_trainer(case, directory)
+    compute_loss, evaluations = trainer.compute_loss, 0
+
+    def failing_loss(*args, **kwargs):
+        nonlocal evaluations
+        evaluations += 1
+        result = compute_loss(*args, **kwargs)
+        if evaluations == FAIL_IN:
+            raise Failure
+        return result
+
+    refused = None
+    try:
+        if first == "evaluate":
+            trainer.evaluate()
+        else:
+            trainer.compute_loss = failing_loss
+            with contextlib.suppress(Failure):
+                trainer.train()
+            trainer.compute_loss = compute_loss
+        trainer.train()
+    except ValueError as error:
+        refused = str(error)
+    select(trainer.accelerator, trainer.model_wrapped).discard_gathered()
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    weights = masters(model, None) if refused is None else []
+    return {"refused": refused, "weights": weights, **facts(trainer)}
+
+
+FAIL_IN = 8  # in the second micro-batch, whose gradients and those of the first are held
 
 
 def noise(case, directory):
@@ -240,7 +282,7 @@ def noise(case, directory):
     return {"noise": whole, "local": [w.data.numel() for w in weights], **facts(trainer)}
 
 
-EXPERIMENTS = {"train": train, "restore": restore, "noise": noise}
+EXPERIMENTS = {"train": train, "restore": restore, "noise": noise, "retrain": retrain}
 
 
 if __name__ == "__main__":
@@ -249,6 +291,6 @@ if __name__ == "__main__":
     results = {}
     for name, case in cases.items():
         experiment = EXPERIMENTS[case.pop("experiment", "train")]
-        results[name] = experiment(case, case.pop("output_dir", None) or tempfile.mkdtemp())
+        results[name] = experiment(case, case.pop("output_dir", None) or f"{output}/run")
     torch.save(results, output / f"rank{torch.distributed.get_rank()}.pt")
     PartialState().destroy_process_group()
