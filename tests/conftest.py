@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 
+import tests.distributed.launch  # noqa: F401 - decides which processes are measured
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

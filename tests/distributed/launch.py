@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+_COVERAGE = "COVERAGE_PROCESS_CONFIG"  # where the coverage tool looks, in processes that it starts
+_coverage = os.environ.pop(_COVERAGE, None)  # it doubles their time: only where it is asked for
+
 
 def free_port() -> int:
     with socket.socket() as free:
@@ -20,9 +23,11 @@ def free_port() -> int:
     return port
 
 
-def run_processes(command: list[str], timeout: float = 300) -> str:
+def run_processes(command: list[str], timeout: float = 300, measured: bool = False) -> str:
     """The output of a command that starts processes; all of them end with the call."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if measured and _coverage is not None:
+        environment[_COVERAGE] = _coverage
     started = subprocess.Popen(
         command,
         env=environment,
@@ -48,16 +53,23 @@ def _traceback(output: str) -> str:
     return (own or [output])[0][-4000:]
 
 
-def torchrun(program: list[str], processes: int = 2, timeout: float = 300) -> str:
+def torchrun(
+    program: list[str], processes: int = 2, timeout: float = 300, measured: bool = False
+) -> str:
     flags = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    return run_processes([sys.executable, "-m", "torch.distributed.run", *flags, *program], timeout)
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, *program]
+    return run_processes(command, timeout, measured)
 
 
 def launch(
-    cases: dict[str, dict[str, Any]], directory: Path, processes: int = 2
+    cases: dict[str, dict[str, Any]],
+    directory: Path,
+    processes: int = 2,
+    measured: bool = False,
 ) -> list[dict[str, dict[str, Any]]]:
-    """Run the worker on the cases; the results of each rank. The cases share a kind of back end."""
+    """Run the worker on the cases; the results of each rank. The cases share a kind of back end.
+    `measured` runs count for the coverage."""
     (directory / "cases.json").write_text(json.dumps(cases))
     worker = ["-m", "tests.distributed.worker", str(directory / "cases.json"), str(directory)]
-    torchrun(worker, processes)
+    torchrun(worker, processes, measured=measured)
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(processes)]

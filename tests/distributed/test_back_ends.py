@@ -366,7 +366,7 @@ def test_training_again_after_an_exception(back_end, tmp_path):
     bf16 = {"bf16": True} if back_end == "fsdp2 not resharded" else {}  # held in another place
     case = {"back_end": back_end, "experiment": "retrain", **TWO, **bf16}
     model, _ = reference()
-    for rank in launch({"run": case}, tmp_path):
+    for rank in launch({"run": case}, tmp_path, measured=True):
         result = rank["run"]
         if back_end.startswith("zero"):
             assert "it is not held by DeepSpeed, as after evaluate()" in result["refused"]
