@@ -1,7 +1,7 @@
 """What the rest of the library asks of a back end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -43,6 +43,7 @@ class Backend(ABC):
     name: str
     """For people: what to write into a report."""
     num_processes: int
+    process_index: int
     num_copies: int
     """Copies of the weights, which can be at different points at the same time. Processes that
     share one copy between them are at one point, with micro-batches of their own."""
@@ -53,7 +54,7 @@ class Backend(ABC):
         self._accelerator = accelerator
         self._model = model  # wrapped, once training has begun
         self.num_processes = self.num_copies = accelerator.num_processes
-        self.copy = accelerator.process_index
+        self.process_index = self.copy = accelerator.process_index
 
     def weights(self) -> list[Weight]:
         """Every parameter of the model, tied ones once, as this process holds it."""
@@ -104,6 +105,43 @@ class Backend(ABC):
     def check_prepared(self) -> None:
         """Raise a `ValueError` if the model is about to be trained without what joins the
         processes."""
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether `gradient` could be differentiated again: the weights are whole."""
+        return True
+
+    def module(self) -> nn.Module:
+        """The model to call for a loss that is measured, not trained on."""
+        module: nn.Module = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
+        return module
+
+    @contextmanager
+    def at_full_precision(self) -> Iterator[None]:
+        """Inside, `module` computes in the type its weights are stored in."""
+        module = vars(self.module())
+        cast, original = module.get("forward"), module.get("_original_forward")
+        if cast is not None and original is not None:  # Accelerate's mixed precision
+            module["forward"] = original
+        try:
+            with torch.autocast(self._accelerator.device.type, enabled=False):
+                yield
+        finally:
+            if cast is not None:
+                module["forward"] = cast
+
+    def gradient(self, loss: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+        """The gradient of the sum over processes of `loss`: of each weight the part that this
+        process holds, in the shape of its `data`. Every `.grad` stays as it was."""
+        parameters = [weight.parameter for weight in weights]
+        return self.summed(torch.autograd.grad(loss, parameters, materialize_grads=True))
+
+    def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over processes of whole tensors that differ between them."""
+        if self.num_processes > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+        return list(tensors)
 
     def step_afterwards(self) -> AbstractContextManager[None]:
         """An optimizer that steps by itself in the last backward pass waits for the end of this

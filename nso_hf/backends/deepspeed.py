@@ -6,12 +6,12 @@ the optimizer's step overwrites them from its copies. DeepSpeed steps inside its
 when the weights are still perturbed: the step is put off.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from nso_hf.backends.base import Backend, Weight, not_prepared
 
@@ -51,6 +51,30 @@ class DeepSpeed(Backend):
     def check_prepared(self) -> None:
         if self._engine is None:
             raise not_prepared(self._model, "held by DeepSpeed")
+
+    @property
+    def differentiates_twice(self) -> bool:
+        return self._stage < ZERO_3
+
+    def gradient(self, loss: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+        if self._stage < ZERO_3:
+            return super().gradient(loss, weights)
+        from deepspeed.utils import safe_get_local_grad
+
+        engine = self._engine
+        boundary = engine.is_gradient_accumulation_boundary()
+        engine.optimizer.zero_grad()  # the partitions of gradients are written, not added to
+        engine.set_gradient_accumulation_boundary(True)
+        try:
+            engine.backward(loss * self.num_processes, scale_wrt_gas=False)
+            gradients = []
+            for weight in weights:
+                gradient = safe_get_local_grad(weight.parameter)
+                gradients.append(gradient.flatten()[: weight.data.numel()].clone())
+            return gradients
+        finally:
+            engine.optimizer.zero_grad()
+            engine.set_gradient_accumulation_boundary(boundary)
 
     @contextmanager
     def step_afterwards(self) -> Iterator[None]:

@@ -6,12 +6,14 @@ what is perturbed, before the cast. A forward pass gathers them; the root's stay
 forward pass without a backward pass, and would be used again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -38,7 +40,9 @@ class FSDP2(Backend):
 
     def weights(self) -> list[Weight]:
         self.discard_gathered()  # while gathered, the parameters are other tensors
-        return super().weights()
+        weights = super().weights()
+        self._parameters = [weight.parameter for weight in weights]
+        return weights
 
     def _held(self, name: str, index: int, parameter: nn.Parameter) -> Weight:
         if not isinstance(parameter, DTensor):
@@ -74,6 +78,44 @@ class FSDP2(Backend):
         if not is_sharded(self._model):
             raise not_prepared(self._model, "sharded")
 
+    @property
+    def differentiates_twice(self) -> bool:
+        return False
+
+    @contextmanager
+    def at_full_precision(self) -> Iterator[None]:
+        states = [module._get_fsdp_state() for module in self._sharded_modules()]
+        policies = [state._mp_policy for state in states]
+        self.discard_gathered()
+        for state in states:
+            _set_precision(state, MixedPrecisionPolicy())
+        try:
+            with super().at_full_precision():
+                yield
+        finally:
+            self.discard_gathered()
+            for state, policy in zip(states, policies, strict=True):
+                _set_precision(state, policy)
+
+    def gradient(self, loss: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+        kept = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        try:
+            (loss * self.num_processes).backward()
+            return [self._gradient_of(weight) for weight in weights]
+        finally:
+            for parameter, gradient in zip(self._parameters, kept, strict=True):
+                parameter.grad = gradient
+
+    def _gradient_of(self, weight: Weight) -> Tensor:
+        gradient = weight.parameter.grad
+        if gradient is None:
+            return torch.zeros_like(weight.data)
+        if isinstance(gradient, DTensor):
+            return gradient.to_local()
+        return self.summed([gradient / self.num_processes])[0]
+
     @contextmanager
     def _without_reduction(self, is_first: bool) -> Iterator[None]:
         """To put off the reduction of sharded gradients is to hold all of them, unsharded. So they
@@ -107,3 +149,10 @@ def _replicas(accelerator: Accelerator, model: nn.Module) -> int:
         return meshes[0].size() // meshes[0].size(meshes[0].ndim - 1)
     parallelism = getattr(accelerator, "parallelism_config", None)
     return parallelism.dp_replicate_size if parallelism is not None else 1
+
+
+def _set_precision(state: Any, policy: MixedPrecisionPolicy) -> None:
+    state._mp_policy = policy
+    for group in state._fsdp_param_groups:
+        group.mp_policy = policy
+        group._init_mp_dtypes()

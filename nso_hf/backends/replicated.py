@@ -1,8 +1,11 @@
 """Whole weights in every process: one process, or several under DistributedDataParallel."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,3 +38,17 @@ class Replicated(Backend):
             return nullcontext()
         no_sync: AbstractContextManager[None] = self._accelerator.no_sync(self._model)
         return no_sync
+
+
+class ThisProcess:
+    """Stands for an `Accelerator` of one process, whatever others there may be: to make one would
+    change the state that all of them share."""
+
+    num_processes, process_index = 1, 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def unwrap_model(self, model: nn.Module, **options: Any) -> nn.Module:
+        unwrapped: nn.Module = extract_model_from_parallel(model, **options)
+        return unwrapped

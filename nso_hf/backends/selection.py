@@ -11,7 +11,7 @@ from torch import nn
 from nso_hf.backends.base import Backend
 from nso_hf.backends.deepspeed import DeepSpeed
 from nso_hf.backends.fsdp2 import FSDP2, is_sharded
-from nso_hf.backends.replicated import Replicated
+from nso_hf.backends.replicated import Replicated, ThisProcess
 from nso_hf.refusal import refusal
 
 _SPLIT = "tensor, context, sequence, pipeline and expert parallelism split one batch over processes"
@@ -28,6 +28,16 @@ def select(accelerator: Accelerator, model: nn.Module) -> Backend:
     if accelerator.distributed_type == DistributedType.FSDP or is_sharded(model):
         return FSDP2(accelerator, model)
     return Replicated(accelerator, model)
+
+
+def alone(model: nn.Module) -> Backend:
+    """The back end of a model that this process holds whole and works on by itself."""
+    if is_sharded(model) or any(hasattr(p, "ds_tensor") for p in model.parameters()):
+        rule = "its weights are sharded over processes"
+        raise refusal("model", type(model).__name__, rule, "Pass the Trainer that holds it")
+    _check_model(model)
+    stand_in: Any = ThisProcess(model)
+    return Replicated(stand_in, model)
 
 
 def check(accelerator: Accelerator) -> None:

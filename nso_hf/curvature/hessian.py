@@ -1,0 +1,258 @@
+r"""Products of the Hessian H of an objective f with vectors, two ways.
+
+    autograd             H v = d/dW [g(W)' v]                              Pearlmutter (1994)
+    finite_difference    H v = [g(W + h v) - g(W - h v)] / (2 h)  + O(h^2)
+
+The first is exact to rounding and needs whole weights and a forward pass that can be differentiated
+twice. The second needs first derivatives alone, and runs wherever training does.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nso_hf.backends import Weight
+from nso_hf.curvature.objective import Objective
+from nso_hf.perturbation import Perturbation
+from nso_hf.refusal import refusal
+
+HVPS = ("auto", "autograd", "finite_difference")
+
+_TRIALS = 4  # of steps for one product
+
+_ATTENTION = "_attn_implementation_internal"  # the property of this name writes to sub-models too
+
+
+class Hessian(ABC):
+    """The Hessian of an objective, while that is open."""
+
+    hvp: ClassVar[str]
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.on_product: Callable[[], object] = lambda: None
+        """Called after the product of each round."""
+
+    @abstractmethod
+    def times(self, vector: Tensor) -> Tensor:
+        """H v."""
+
+    @abstractmethod
+    def forms(self, vector_number: Callable[[int], Tensor], count: int) -> Tensor:
+        """v' H_b v in float64 of shape [rounds, vectors, weights], summed over processes: of each
+        of `count` vectors, and each weight's share in it."""
+
+
+class Autograd(Hessian):
+    """By double backward. The graph of a round's gradient is kept until that of another is needed:
+    products with many vectors cost one backward pass each."""
+
+    hvp = "autograd"
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(objective)
+        self._round: int | None = None
+        self._gradient: list[Tensor] = []
+
+    def times(self, vector: Tensor) -> Tensor:
+        parts = self.objective.vectors.split(vector)
+        total = torch.zeros_like(vector)
+        for number in range(self.objective.num_rounds):
+            total += self.objective.vectors.join(self.times_round(number, parts))
+            self.on_product()
+        return self.objective.backend.summed([total])[0]
+
+    def forms(self, vector_number: Callable[[int], Tensor], count: int) -> Tensor:
+        vectors, rounds = self.objective.vectors, []
+        for number in range(self.objective.num_rounds):
+            forms = []
+            for i in range(count):
+                parts = vectors.split(vector_number(i))
+                forms.append(vectors.products(parts, self.times_round(number, parts)))
+                self.on_product()
+            rounds.append(torch.stack(forms))
+        processes = self.objective.backend.num_processes
+        # Each process has its own batches and all weights, of which `products` counts a share.
+        return self._summed(torch.stack(rounds) * processes)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        device = self.objective.vectors.device
+        return self.objective.backend.summed([values.to(device)])[0].cpu()
+
+    def times_round(self, number: int, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        parameters = [weight.parameter for weight in self.objective.weights]
+        if self._round != number:
+            self._round, self._gradient = None, []  # freed before the next is built
+            with _twice_differentiable(self.objective.backend.module()):
+                loss = self.objective.share_of_loss(number)
+                gradient = torch.autograd.grad(
+                    loss, parameters, create_graph=True, materialize_grads=True
+                )
+            self._round, self._gradient = number, list(gradient)
+        depend = [i for i, g in enumerate(self._gradient) if g.requires_grad]
+        if not depend:  # of a loss that is linear in the weights
+            return [torch.zeros_like(part) for part in parts]
+        return torch.autograd.grad(
+            [self._gradient[i] for i in depend],
+            parameters,
+            [parts[i] for i in depend],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+
+
+class FiniteDifference(Hessian):
+    r"""By central differences of gradients, the weights moved as NSO moves them.
+
+    The step h along a unit vector v is such that the gradient g changes by a small share of itself,
+
+        h = rho |g| / |H v|,    rho = 2 eps^(1/3),    eps the rounding error of the weights' type,
+
+    since that change is the scale on which curvature changes in sharp directions (truncation grows
+    with h^2), and what rounding, about eps |g|, has to be small against (it grows with 1/h).
+    """
+
+    hvp = "finite_difference"
+
+    def __init__(self, objective: Objective, perturbation: Perturbation) -> None:
+        super().__init__(objective)
+        self._perturbation = perturbation
+        vectors = objective.vectors
+        self._rho: float = 2 * torch.finfo(vectors.dtype).eps ** (1 / 3)
+        weights = vectors.norm(vectors.copy_of_weights())
+        self._longest = self._rho * max(weights, 0.01 * vectors.dimension**0.5)
+        self._loss = abs(objective.losses().sum().item())
+        gradients = map(vectors.join, map(self._gradient, range(objective.num_rounds)))
+        self._slope = vectors.norm(reduce(Tensor.add_, gradients))
+        self._step = 0.05 * self._longest
+
+    def times(self, vector: Tensor) -> Tensor:
+        vectors = self.objective.vectors
+        norm = vectors.norm(vector)
+        if norm == 0:
+            return torch.zeros_like(vector)
+        for _ in range(_TRIALS):
+            h = self._step
+            product = self._difference(vector, h / norm).div_(2 * h)
+            self._step = self._fitting(vectors.norm(product))
+            if self._step / 10 <= h <= 3 * self._step:
+                break
+        for _ in range(self.objective.num_rounds):
+            self.on_product()
+        return product.mul_(norm)
+
+    def _difference(self, vector: Tensor, h: float) -> Tensor:
+        difference = torch.zeros_like(vector)
+        for sign in self._both_signs(vector, h):
+            for number in range(self.objective.num_rounds):
+                gradient = self.objective.vectors.join(self._gradient(number))
+                difference.add_(gradient, alpha=sign)
+        return difference
+
+    def _fitting(self, curvature: float) -> float:
+        """The step for |H v| = `curvature`."""
+        # At a minimum the gradient vanishes, but not what rounding leaves of it.
+        slope = max(self._slope, 1e-3 * math.sqrt(self._loss * curvature))
+        step = self._rho * slope / curvature if curvature > 0 else self._longest
+        return min(max(step, 1e-5 * self._longest), self._longest)
+
+    def forms(self, vector_number: Callable[[int], Tensor], count: int) -> Tensor:
+        vectors, rounds = self.objective.vectors, self.objective.num_rounds
+        forms = torch.zeros(rounds, count, len(self.objective.weights), dtype=torch.float64)
+        for i in range(count):
+            vector = vector_number(i)
+            if i == 0:
+                self.times(vector)  # finds the step, for all: they are alike
+            parts, h = vectors.split(vector), self._step / vectors.norm(vector)
+            for sign in self._both_signs(vector, h):
+                for number in range(rounds):
+                    slope = vectors.products(parts, self._gradient(number))
+                    forms[number, i] += sign * slope / (2 * h)
+            for _ in range(rounds):
+                self.on_product()
+        return vectors.total(forms)
+
+    def _both_signs(self, vector: Tensor, h: float) -> Iterator[int]:
+        along = _Along(self.objective.vectors.split(vector), h)
+        for sign in (1, -1):
+            self._perturbation.move_to(along, sign)
+            yield sign
+        self._perturbation.restore()
+
+    def _gradient(self, number: int) -> list[Tensor]:
+        loss = self.objective.share_of_loss(number)
+        return self.objective.backend.gradient(loss, self.objective.weights)
+
+
+class _Along:
+    """The displacement h v."""
+
+    def __init__(self, parts: Sequence[Tensor], h: float) -> None:
+        self._parts, self._h = list(parts), h
+
+    def add_to(self, weights: Sequence[Weight]) -> None:
+        torch._foreach_add_([weight.data for weight in weights], self._parts, alpha=self._h)
+
+
+@contextmanager
+def hessian_of(
+    objective: Objective, hvp: str, products: int, description: str
+) -> Iterator[tuple[Hessian, tuple[str, ...]]]:
+    """The Hessian of an objective that is open inside, with a progress bar over `products`, and
+    notes on what was chosen.
+
+    Raises:
+        ValueError: `hvp` is unknown or cannot be had for this model.
+    """
+    if hvp not in HVPS:
+        raise refusal("hvp", hvp, "unknown", f"Choose one of {', '.join(map(repr, HVPS))}")
+    total = products * objective.num_rounds
+    with objective.opened() as perturbation, objective.progress(description, total) as bar:
+        hessian: Hessian
+        hessian = twice = Autograd(objective)
+        obstacle = None if hvp == "finite_difference" else _obstacle(twice)
+        if obstacle is not None and hvp == "autograd":
+            raise refusal("hvp", hvp, obstacle, "Use 'finite_difference' or 'auto'")
+        if obstacle is not None or hvp == "finite_difference":
+            hessian = FiniteDifference(objective, perturbation)
+        because = (f"central differences of gradients: {obstacle}",) if obstacle else ()
+        hessian.on_product = bar.update
+        yield hessian, (*objective.notes, *because)
+
+
+def _obstacle(hessian: Autograd) -> str | None:
+    """What stands in the way of differentiating twice, if anything does."""
+    if not hessian.objective.backend.differentiates_twice:
+        return f"{hessian.objective.backend.name} shards the weights"
+    try:
+        hessian.times_round(0, [weight.data for weight in hessian.objective.weights])
+    except RuntimeError as error:
+        return f"no double backward ({str(error).splitlines()[0]})"
+    return None
+
+
+@contextmanager
+def _twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, attention is computed by operations whose gradient can be differentiated again; eager
+    ones where the model has them, since they are faster than those of PyTorch's own function."""
+    configs = {
+        id(module.config): vars(module.config)
+        for module in model.modules()
+        if hasattr(getattr(module, "config", None), _ATTENTION)
+    }
+    before = {key: config[_ATTENTION] for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config[_ATTENTION] = "eager"
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for key, config in configs.items():
+            config[_ATTENTION] = before[key]

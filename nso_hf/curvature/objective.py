@@ -1,0 +1,209 @@
+"""The function whose curvature is measured: the mean loss of a model over some batches."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import find_batch_size, send_to_device
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from nso_hf.backends import Backend, alone, select
+from nso_hf.curvature.parameters import Selection, select_measured
+from nso_hf.curvature.vectors import Vectors
+from nso_hf.perturbation import Perturbation, borrowed
+from nso_hf.refusal import refusal
+from nso_hf.side_effects import bookkeeping_kept, random_state_kept
+
+Batch = Mapping[str, Any]
+
+_DIFFERENCE = 1e-4  # relative, between two losses at the same weights: rounding is far below
+
+
+def training_batches(trainer: Trainer, num_batches: int | None = None) -> list[Batch]:
+    """The first `num_batches` batches (None: all) of the training data in their order, made by the
+    trainer's collator; their size is `per_device_eval_batch_size`."""
+    if trainer.train_dataset is None:
+        raise refusal("train_dataset", None, "the trainer has no data", "Pass batches")
+    loader = DataLoader(
+        trainer.train_dataset,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator),
+    )
+    return [batch for _, batch in zip(_count(num_batches), loader, strict=False)]
+
+
+def _count(limit: int | None) -> Iterable[int]:
+    return iter(int, 1) if limit is None else range(limit)
+
+
+class Objective:
+    """f(W) = sum_b n_b f_b(W) / sum_b n_b over batches b of n_b examples: the loss of the model in
+    evaluation mode, as the Trainer's `evaluate` averages it.
+
+    With a model, this process works alone. With a Trainer, f is its `compute_loss`, and all of its
+    processes have to take part: each gets the same `batches`, and every so manieth of them is its
+    to evaluate; or, unless `shared`, all of them evaluate each. One batch of each process makes a
+    round.
+
+    Raises:
+        ValueError: there are no batches, the model returns no loss for them, or `params` does not
+            fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Trainer,
+        batches: Iterable[Batch] | None,
+        params: Selection = "trainable",
+        shared: bool = True,
+    ) -> None:
+        self._trainer = model if isinstance(model, Trainer) else None
+        self.backend: Backend
+        if isinstance(model, Trainer):
+            wrapped = model.model_wrapped if model.model_wrapped is not None else model.model
+            self.backend = select(model.accelerator, wrapped)
+            if not self.backend.differentiates_twice:
+                self.backend.check_prepared()
+            batches = training_batches(model) if batches is None else batches
+        else:
+            self.backend = alone(model)
+        if batches is None:
+            raise refusal("batches", None, "a model brings no data", "Pass batches, or a Trainer")
+        self._model = self.backend.module()
+        all_weights = self.backend.weights()
+        can_unfreeze = self.backend.differentiates_twice
+        self.weights = select_measured(all_weights, self._model, params, can_unfreeze)
+        self.vectors = Vectors(self.weights, self.backend)
+        self._every = [weight.parameter for weight in all_weights]
+        self._deal(batches, shared)
+        self.notes = self._notes()
+
+    def _deal(self, batches: Iterable[Batch], shared: bool) -> None:
+        """Keep the batches that are this process's, and how much each of them weighs."""
+        if isinstance(batches, Mapping):
+            raise refusal("batches", "a dict", "must be an iterable of dicts", "Write [batch]")
+        processes = self.backend.num_processes if shared else 1
+        mine = self.backend.process_index if shared else 0
+        every = list(batches)
+        if not every:
+            raise refusal("batches", every, "there is no batch", "Pass at least one")
+        for batch in every:
+            if not isinstance(batch, Mapping):
+                rule, cure = "must be a dict of what the model takes", "Write {'input_ids': ...}"
+                raise refusal("batches", type(batch).__name__, rule, cure)
+        sizes = [find_batch_size(batch) or 1 for batch in every]
+        self.num_batches, self.num_examples = len(every), sum(sizes)
+        self.weights_of_batches = [size / self.num_examples for size in sizes]
+        self.num_rounds = -(-len(every) // processes)
+        self._batches, self._shares = [], []
+        for number in range(mine, self.num_rounds * processes, processes):
+            counts = number < len(every)  # in the last round there may be none: it weighs nothing
+            self._batches.append(every[number] if counts else every[0])
+            self._shares.append(sizes[number] / self.num_examples if counts else 0.0)
+        if not shared:  # all processes evaluate the same
+            self._shares = [share / self.backend.num_processes for share in self._shares]
+
+    def _notes(self) -> tuple[str, ...]:
+        random = {
+            type(module).__name__
+            for module in self._model.modules()
+            if (isinstance(module, _DropoutNd) and module.p > 0) or isinstance(module, _BatchNorm)
+        }
+        return (f"{', '.join(sorted(random))} in evaluation mode",) if random else ()
+
+    @contextmanager
+    def opened(self) -> Iterator[Perturbation]:
+        """Everything as measuring needs it, the weights free to move; all as it was afterwards:
+        weights, gradients, modes of the modules, random state.
+
+        Raises:
+            ValueError: the loss is random.
+        """
+        devices = {self.vectors.device, *(parameter.device for parameter in self._every)}
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(random_state_kept(devices))
+            stack.enter_context(_in_evaluation_mode(self._model))
+            if self._trainer is not None:
+                stack.enter_context(bookkeeping_kept(self._trainer))
+            if self.backend.differentiates_twice:
+                wanted = {weight.index for weight in self.weights}
+                stack.enter_context(_requiring_gradients(self._every, wanted))
+            stack.enter_context(self.backend.at_full_precision())
+            self._check_loss()
+            yield stack.enter_context(borrowed(self.weights, self.backend))
+
+    def _check_loss(self) -> None:
+        with torch.no_grad():
+            first, second = self.loss(0), self.loss(0)
+        self.backend.discard_gathered()
+        if not torch.isfinite(first):
+            rule = "the loss of the first batch is not finite"
+            raise refusal("batches", first.item(), rule, "Check the data and the weights")
+        if (first - second).abs() > _DIFFERENCE * first.abs():
+            rule = f"its loss is random ({first:.6g}, then {second:.6g}) in evaluation mode too"
+            cure = "Switch off what draws random numbers in its forward pass"
+            raise refusal("model", type(self._model).__name__, rule, cure)
+
+    def loss(self, number: int) -> Tensor:
+        """f_b of this process's batch of round `number`, a scalar."""
+        batch = send_to_device(self._batches[number], self.vectors.device)
+        loss: object
+        if self._trainer is not None:
+            loss = self._trainer.compute_loss(self._model, copy.copy(batch))
+        else:
+            output = self._model(**batch)
+            loss = output.get("loss") if isinstance(output, Mapping) else output.loss
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            rule = f"{type(self._model).__name__} returns no scalar loss for {sorted(batch)}"
+            raise refusal("batches", sorted(batch), rule, "Add labels to them")
+        return loss.squeeze()
+
+    def share_of_loss(self, number: int) -> Tensor:
+        """Its part of f: the sum over rounds and processes is f(W)."""
+        return self.loss(number) * self._shares[number]
+
+    def losses(self) -> Tensor:
+        """The parts of f at the present weights, summed over processes: float64, one a round."""
+        with torch.no_grad():
+            parts = torch.stack([self.share_of_loss(r).double() for r in range(self.num_rounds)])
+        return self.backend.summed([parts])[0].cpu()
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator["tqdm[Any]"]:
+        """A bar that shows after a few seconds, in one process."""
+        hidden = self.backend.process_index > 0
+        with tqdm(total=total, desc=description, delay=3, leave=False, disable=hidden) as bar:
+            yield bar
+
+
+@contextmanager
+def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _requiring_gradients(parameters: list[nn.Parameter], wanted: set[int]) -> Iterator[None]:
+    """Inside, exactly the parameters of these numbers require a gradient."""
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for index, parameter in enumerate(parameters):
+            parameter.requires_grad_(index in wanted)
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
