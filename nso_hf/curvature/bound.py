@@ -7,7 +7,8 @@ probability 1 - delta and up to O(s^3) (arXiv 2306.08553, section on generalisat
     L(W) <= L_hat/b + (1-b)/(2b) s^2 alpha + C r^2/(4 b (1-b) n s^2) + C log(1/delta)/(2 b (1-b) n)
 
 The two middle terms are least at s*^2 = sqrt(C r^2/(2 alpha n))/(1-b), where they add up to
-1/b sqrt(C alpha r^2/(2n)): the closed form. The paper states its leading term as sqrt(C alpha r^2/n).
+1/b sqrt(C alpha r^2/(2n)): the closed form. The paper gives its leading term as
+sqrt(C alpha r^2/n).
 """
 
 import math

@@ -79,14 +79,13 @@ class CurvatureCallback(TrainerCallback):
     def measure(self) -> dict[str, float]:
         """The figures that are logged."""
         started = time.perf_counter()
-        batches = self._batches
-        if batches is None:
-            batches = training_batches(self._trainer, self._num_batches)
+        if self._batches is None:
+            self._batches = training_batches(self._trainer, self._num_batches)
         trace = hessian_trace(
-            self._trainer, batches, num_samples=self._num_samples, **self._options
+            self._trainer, self._batches, num_samples=self._num_samples, **self._options
         )
         top = hessian_eigenvalues(
-            self._trainer, batches, tolerance=self._tolerance, **self._options
+            self._trainer, self._batches, tolerance=self._tolerance, **self._options
         )
         return {
             "curvature/trace": trace.estimate,
@@ -96,9 +95,13 @@ class CurvatureCallback(TrainerCallback):
             "curvature/seconds": time.perf_counter() - started,
         }
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int, control: TrainerControl) -> None:
         if self._measured_at != step:
+            should_log = control.should_log
             self._trainer.log(self.measure())
+            control.should_log = (
+                should_log  # to log takes it back, and the loss would miss its turn
+            )
             self._measured_at = step
 
     def on_train_begin(
@@ -106,19 +109,19 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         self._measured_at = None
         if self._at_start and state.global_step == 0:
-            self._log(0)
+            self._log(0, control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._every_steps and state.global_step % self._every_steps == 0:
-            self._log(state.global_step)
+            self._log(state.global_step, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._every_epochs and round(state.epoch or 0) % self._every_epochs == 0:
-            self._log(state.global_step)
+            self._log(state.global_step, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,4 +129,4 @@ class CurvatureCallback(TrainerCallback):
         if self._at_end:
             if args.load_best_model_at_end:  # these are other weights than the last step's
                 self._measured_at = None
-            self._log(state.global_step)
+            self._log(state.global_step, control)

@@ -127,11 +127,11 @@ class FiniteDifference(Hessian):
         vectors = objective.vectors
         self._rho: float = 2 * torch.finfo(vectors.dtype).eps ** (1 / 3)
         weights = vectors.norm(vectors.copy_of_weights())
-        self._longest = self._rho * max(weights, 0.01 * vectors.dimension**0.5)
+        self._longest: float = self._rho * max(weights, 0.01 * vectors.dimension**0.5)
         self._loss = abs(objective.losses().sum().item())
         gradients = map(vectors.join, map(self._gradient, range(objective.num_rounds)))
         self._slope = vectors.norm(reduce(Tensor.add_, gradients))
-        self._step = 0.05 * self._longest
+        self._step: float = 0.05 * self._longest
 
     def times(self, vector: Tensor) -> Tensor:
         vectors = self.objective.vectors

@@ -1,10 +1,13 @@
 """The function whose curvature is measured: the mean loss of a model over some batches."""
 
 import copy
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import find_batch_size, send_to_device
 from torch import Tensor, nn
@@ -28,7 +31,8 @@ _DIFFERENCE = 1e-4  # relative, between two losses at the same weights: rounding
 
 def training_batches(trainer: Trainer, num_batches: int | None = None) -> list[Batch]:
     """The first `num_batches` batches (None: all) of the training data in their order, made by the
-    trainer's collator; their size is `per_device_eval_batch_size`."""
+    trainer's collator; their size is `per_device_eval_batch_size`. What is random in making them
+    (masks, augmentation) is the same in every call and process."""
     if trainer.train_dataset is None:
         raise refusal("train_dataset", None, "the trainer has no data", "Pass batches")
     loader = DataLoader(
@@ -36,11 +40,11 @@ def training_batches(trainer: Trainer, num_batches: int | None = None) -> list[B
         batch_size=trainer.args.per_device_eval_batch_size,
         collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator),
     )
-    return [batch for _, batch in zip(_count(num_batches), loader, strict=False)]
-
-
-def _count(limit: int | None) -> Iterable[int]:
-    return iter(int, 1) if limit is None else range(limit)
+    with random_state_kept({trainer.args.device}):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        return list(islice(loader, num_batches))
 
 
 class Objective:

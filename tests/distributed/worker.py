@@ -19,6 +19,15 @@ from transformers.distributed import DistributedConfig
 from benchmarks.collectives import CountCollectives
 from nso_hf import NSOTrainer
 from nso_hf.backends import select
+from nso_hf.curvature import (
+    CurvatureCallback,
+    hessian_eigenvalues,
+    hessian_spectrum,
+    hessian_trace,
+    noise_stability,
+    pac_bayes_bound,
+    training_batches,
+)
 from nso_hf.noise import Noise
 from tests.distributed.back_ends import (
     BACK_ENDS,
@@ -282,7 +291,75 @@ def noise(case, directory):
     return {"noise": whole, "local": [w.data.numel() for w in weights], **facts(trainer)}
 
 
-EXPERIMENTS = {"train": train, "restore": restore, "noise": noise, "retrain": retrain}
+def curvature(case, directory):
+    """Measurements at the end of a training, and the local weights before and after them."""
+    options = case.pop("options")
+    trainer = make_trainer({"max_steps": 1, "learning_rate": 0.0, **case}, directory)
+    trainer.train()
+    snapshot = Snapshot()
+    snapshot.trainer = trainer
+    start = {name: 0.9 * p for name, p in tiny_llama().named_parameters()}
+    before, state = snapshot.now(), torch.get_rng_state()
+    batches = training_batches(trainer, 3)
+    trace = hessian_trace(trainer, batches, num_samples=4, **options)
+    top = hessian_eigenvalues(trainer, batches, k=2, **options)
+    bottom = hessian_eigenvalues(trainer, batches, which="smallest", **options)
+    spectrum = hessian_spectrum(trainer, batches, num_samples=1, num_steps=5, **options)
+    bound = pac_bayes_bound(
+        trainer,
+        batches,
+        reference=start,
+        sigma=0.05,
+        loss_bound=10.0,
+        num_samples=2,
+        **options,
+    )
+    stability = noise_stability(trainer, batches, sigma=0.02, num_samples=3)
+    after = snapshot.now()
+    return {
+        "trace": trace.samples,
+        "values": [*top.values, *bottom.values],
+        "nodes": spectrum.nodes,
+        "stability": stability.samples,
+        "bound": {"trace_max": bound.trace_max, "distance": bound.distance, "bound": bound.bound},
+        "hvp": trace.hvp,
+        "notes": trace.notes,
+        "differ": [n for n, w in before.items() if not torch.equal(w, after[n])],
+        "random_state_kept": torch.equal(state, torch.get_rng_state()),
+        "gradients": [n for n, p in trainer.model.named_parameters() if p.grad is not None],
+        **facts(trainer),
+    }
+
+
+def watch(case, directory):
+    """The weights after a training with the curvature measured during it, and without."""
+    results = {}
+    for name in ("with", "without"):
+        trainer = make_trainer(dict(case), f"{directory}/{name}")
+        if name == "with":
+            options = {"every_steps": 2, "num_samples": 2, "num_batches": 2}
+            trainer.add_callback(CurvatureCallback(trainer, **options))
+        trainer.train()
+        history = trainer.state.log_history
+        results |= {
+            f"weights {name}": masters(
+                trainer.accelerator.unwrap_model(trainer.model_wrapped),
+                getattr(trainer.model_wrapped, "optimizer", None),
+            ),
+            f"losses {name}": [entry["loss"] for entry in history if "loss" in entry],
+            f"curvature {name}": [e for e in history if "curvature/trace" in e],
+        }
+    return {**results, **facts(trainer)}
+
+
+EXPERIMENTS = {
+    "train": train,
+    "restore": restore,
+    "noise": noise,
+    "retrain": retrain,
+    "curvature": curvature,
+    "watch": watch,
+}
 
 
 if __name__ == "__main__":
