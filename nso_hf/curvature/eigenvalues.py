@@ -81,7 +81,7 @@ def hessian_eigenvalues(
     if k > objective.vectors.dimension:
         rule = f"there are {objective.vectors.dimension} weights"
         raise refusal("k", k, rule, "Ask for fewer eigenvalues")
-    with hessian_of(objective, hvp, max_products, "Eigenvalues") as (hessian, notes):
+    with hessian_of(objective, hvp, None, "Eigenvalues") as (hessian, notes):
         size = min(size, objective.vectors.dimension)
         lanczos = Lanczos(hessian, objective.vectors.draw(seed, 0, "normal"), size)
         for product in range(1, max_products + 1):

@@ -134,19 +134,21 @@ class FiniteDifference(Hessian):
         self._step: float = 0.05 * self._longest
 
     def times(self, vector: Tensor) -> Tensor:
-        vectors = self.objective.vectors
-        norm = vectors.norm(vector)
-        if norm == 0:
-            return torch.zeros_like(vector)
-        for _ in range(_TRIALS):
-            h = self._step
-            product = self._difference(vector, h / norm).div_(2 * h)
-            self._step = self._fitting(vectors.norm(product))
-            if self._step / 10 <= h <= 3 * self._step:
-                break
+        norm = self.objective.vectors.norm(vector)
+        product = self._times_unit(vector / norm) if norm > 0 else torch.zeros_like(vector)
         for _ in range(self.objective.num_rounds):
             self.on_product()
         return product.mul_(norm)
+
+    def _times_unit(self, vector: Tensor) -> Tensor:
+        """H v, |v| = 1, with a step that fits; the next product begins with it."""
+        for _ in range(_TRIALS):
+            h = self._step
+            product = self._difference(vector, h).div_(2 * h)
+            self._step = self._fitting(self.objective.vectors.norm(product))
+            if self._step / 10 <= h <= 3 * self._step:
+                break
+        return product
 
     def _difference(self, vector: Tensor, h: float) -> Tensor:
         difference = torch.zeros_like(vector)
@@ -168,9 +170,10 @@ class FiniteDifference(Hessian):
         forms = torch.zeros(rounds, count, len(self.objective.weights), dtype=torch.float64)
         for i in range(count):
             vector = vector_number(i)
+            norm = vectors.norm(vector)
             if i == 0:
-                self.times(vector)  # finds the step, for all: they are alike
-            parts, h = vectors.split(vector), self._step / vectors.norm(vector)
+                self._times_unit(vector / norm)  # finds the step, for all: they are alike
+            parts, h = vectors.split(vector), self._step / norm
             for sign in self._both_signs(vector, h):
                 for number in range(rounds):
                     slope = vectors.products(parts, self._gradient(number))
@@ -203,17 +206,17 @@ class _Along:
 
 @contextmanager
 def hessian_of(
-    objective: Objective, hvp: str, products: int, description: str
+    objective: Objective, hvp: str, products: int | None, description: str
 ) -> Iterator[tuple[Hessian, tuple[str, ...]]]:
-    """The Hessian of an objective that is open inside, with a progress bar over `products`, and
-    notes on what was chosen.
+    """The Hessian of an objective that is open inside, with a progress bar over `products` (None:
+    nobody knows how many), and notes on what was chosen.
 
     Raises:
         ValueError: `hvp` is unknown or cannot be had for this model.
     """
     if hvp not in HVPS:
         raise refusal("hvp", hvp, "unknown", f"Choose one of {', '.join(map(repr, HVPS))}")
-    total = products * objective.num_rounds
+    total = None if products is None else products * objective.num_rounds
     with objective.opened() as perturbation, objective.progress(description, total) as bar:
         hessian: Hessian
         hessian = twice = Autograd(objective)

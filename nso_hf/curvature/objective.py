@@ -31,13 +31,13 @@ _DIFFERENCE = 1e-4  # relative, between two losses at the same weights: rounding
 
 def training_batches(trainer: Trainer, num_batches: int | None = None) -> list[Batch]:
     """The first `num_batches` batches (None: all) of the training data in their order, made by the
-    trainer's collator; their size is `per_device_eval_batch_size`. What is random in making them
+    trainer's collator; their size is `per_device_train_batch_size`. What is random in making them
     (masks, augmentation) is the same in every call and process."""
     if trainer.train_dataset is None:
         raise refusal("train_dataset", None, "the trainer has no data", "Pass batches")
     loader = DataLoader(
         trainer.train_dataset,
-        batch_size=trainer.args.per_device_eval_batch_size,
+        batch_size=trainer.args.per_device_train_batch_size,
         collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator),
     )
     with random_state_kept({trainer.args.device}):
@@ -181,8 +181,8 @@ class Objective:
         return self.backend.summed([parts])[0].cpu()
 
     @contextmanager
-    def progress(self, description: str, total: int) -> Iterator["tqdm[Any]"]:
-        """A bar that shows after a few seconds, in one process."""
+    def progress(self, description: str, total: int | None) -> Iterator["tqdm[Any]"]:
+        """A bar that shows after a few seconds, in one process; None: the end is not known."""
         hidden = self.backend.process_index > 0
         with tqdm(total=total, desc=description, delay=3, leave=False, disable=hidden) as bar:
             yield bar

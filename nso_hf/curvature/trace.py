@@ -52,7 +52,7 @@ class Trace(Measurement):
         """The trace of each parameter's block of the Hessian; they add up to the whole."""
         self._check_has_shares()
         columns = zip(self.names, self.samples.unbind(dim=1), strict=True)
-        return {name: _mean(column) for name, column in columns}
+        return {name: mean_of(column) for name, column in columns}
 
     @property
     def per_module(self) -> Mapping[str, Estimate]:
@@ -63,7 +63,7 @@ class Trace(Measurement):
             parts = name.split(".")
             for end in range(1, len(parts)):
                 columns.setdefault(".".join(parts[:end]), []).append(column)
-        return {name: _mean(self.samples[:, c].sum(dim=1)) for name, c in columns.items()}
+        return {name: mean_of(self.samples[:, c].sum(dim=1)) for name, c in columns.items()}
 
     def _check_has_shares(self) -> None:
         if self.method != "hutchinson":
@@ -71,7 +71,7 @@ class Trace(Measurement):
             raise refusal("method", self.method, rule, "Use 'hutchinson'")
 
 
-def _mean(samples: Tensor) -> Estimate:
+def mean_of(samples: Tensor) -> Estimate:
     stderr = samples.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
     return Estimate(samples.mean().item(), stderr)
 
@@ -109,7 +109,7 @@ def hessian_trace(
     watch, objective = Stopwatch(), Objective(model, batches, params)
     with hessian_of(objective, hvp, num_samples, "Hessian trace") as (hessian, notes):
         known, samples = ESTIMATORS[method](hessian, objective.vectors, num_samples, seed)
-    residual = _mean(samples.sum(dim=1))
+    residual = mean_of(samples.sum(dim=1))
     return Trace(
         estimate=known + residual.estimate,
         stderr=residual.stderr,

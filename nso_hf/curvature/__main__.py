@@ -1,0 +1,185 @@
+"""Measure and compare the curvature of checkpoints.
+
+    python -m nso_hf.curvature runs/plain runs/nso --data train.jsonl --output runs/curvature
+
+Prints a table with a column for each checkpoint, and writes results.json and plots: the traces of
+the layers, the spectrum, and the loss along random directions.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from nso_hf.curvature.checkpoint import Data, load_checkpoint
+from nso_hf.curvature.eigenvalues import hessian_eigenvalues
+from nso_hf.curvature.hessian import HVPS
+from nso_hf.curvature.parameters import PRESETS
+from nso_hf.curvature.report import Report, plot_reports, print_reports
+from nso_hf.curvature.slices import loss_slice
+from nso_hf.curvature.spectrum import hessian_spectrum
+from nso_hf.curvature.stability import check_sigma, noise_stability
+from nso_hf.curvature.trace import check_count, hessian_trace
+from nso_hf.refusal import Refusal, refusal
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n(--help lists the options)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = _Parser(
+        prog="python -m nso_hf.curvature",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folders or hub ids; loaded as float32"
+    )
+    add(
+        "--data",
+        required=True,
+        help="batches as a .pt file (torch.save of a list of dicts), or a .json, .jsonl, .csv or "
+        ".parquet file, folder or hub id with the columns text, or prompt and completion "
+        "(language models), text and label, or image and label (classifiers)",
+    )
+    add("--split", default="train", help="of a hub id or folder (default: %(default)s)")
+    add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
+    add("--gguf_file", help="a GGUF file in the checkpoint, or in the base model of its adapters")
+    add("--batch_size", type=int, default=8, help="examples a batch (default: %(default)s)")
+    add("--num_batches", type=int, default=4, help="batches measured (default: %(default)s)")
+    add("--max_length", type=int, default=512, help="tokens a text (default: %(default)s)")
+    add(
+        "--params",
+        nargs="+",
+        default=["trainable"],
+        metavar="NAME",
+        help=f"weights: {', '.join(PRESETS)}, or regular expressions (default: trainable)",
+    )
+    add("--num_samples", type=int, default=50, help="probes of the trace (default: %(default)s)")
+    add("--num_eigenvalues", type=int, default=3, help="largest ones (default: %(default)s)")
+    add("--sigma", type=float, default=0.01, help="noise for the stability (default: %(default)s)")
+    add(
+        "--spectrum_steps",
+        type=int,
+        default=20,
+        help="Lanczos steps of the spectrum, so many vectors of the weights' size in memory; 0: no "
+        "spectrum (default: %(default)s)",
+    )
+    add(
+        "--slice_points",
+        type=int,
+        default=21,
+        help="points of the line, odd; 0: no line (default: %(default)s)",
+    )
+    add(
+        "--plane_points",
+        type=int,
+        default=0,
+        help="points on each axis of the plane, odd; 0: no plane (default: %(default)s)",
+    )
+    add("--slice_extent", type=float, default=0.5, help="in filter norms (default: %(default)s)")
+    add("--hvp", choices=HVPS, default="auto", help="how products are had (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of all random vectors (default: %(default)s)")
+    add("--output", type=Path, default=Path("curvature"), help="folder (default: %(default)s)")
+    return made
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` for options that would fail later."""
+    for name in ("batch_size", "num_batches", "max_length", "num_samples", "num_eigenvalues"):
+        check_count(name, getattr(options, name))
+    for name in ("slice_points", "plane_points", "spectrum_steps"):
+        check_count(name, getattr(options, name), low=0)
+    for name in ("slice_points", "plane_points"):
+        value = getattr(options, name)
+        if value and (value < 3 or value % 2 == 0):
+            rule = "must be odd and at least 3, for W to be among the points"
+            raise refusal(name, value, rule, "Use 21, or 0 for none")
+    check_sigma(options.sigma)
+    if len(set(options.checkpoints)) < len(options.checkpoints):
+        rule = "names one twice"
+        raise refusal("checkpoints", options.checkpoints, rule, "Name each once")
+    if (options.output / "results.json").exists():
+        rule = "holds the results of another run"
+        raise refusal("output", str(options.output), rule, "Pass another --output")
+
+
+def measure(checkpoint: str, options: argparse.Namespace) -> Report:
+    """All measurements of one checkpoint."""
+    model = load_checkpoint(checkpoint, options.gguf_file)
+    data = Data(
+        path=options.data,
+        split=options.split,
+        tokenizer=options.tokenizer or checkpoint,
+        gguf_file=options.gguf_file,
+        batch_size=options.batch_size,
+        num_batches=options.num_batches,
+        max_length=options.max_length,
+    )
+    batches = data.batches(model)
+    if torch.cuda.is_available():
+        model.to("cuda")  # type: ignore[arg-type]
+    names = options.params
+    params = names[0] if len(names) == 1 and names[0] in PRESETS else names
+    shared = {"params": params, "seed": options.seed}
+    products = {**shared, "hvp": options.hvp}
+    count, steps = options.num_eigenvalues, options.spectrum_steps
+    line, plane = (
+        loss_slice(
+            model,
+            batches,
+            num_axes=axes,
+            num_points=points,
+            extent=options.slice_extent,
+            **shared,
+        )
+        if points
+        else None
+        for axes, points in [(1, options.slice_points), (2, options.plane_points)]
+    )
+    return Report(
+        trace=hessian_trace(model, batches, num_samples=options.num_samples, **products),
+        largest=hessian_eigenvalues(model, batches, k=count, **products),
+        smallest=hessian_eigenvalues(model, batches, which="smallest", **products),
+        stability=noise_stability(
+            model, batches, sigma=options.sigma, num_samples=options.num_samples, **shared
+        ),
+        spectrum=hessian_spectrum(model, batches, num_steps=steps, **products) if steps else None,
+        line=line,
+        plane=plane,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+    check(options)
+    reports = {checkpoint: measure(checkpoint, options) for checkpoint in options.checkpoints}
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = {
+        "options": {name: _json(value) for name, value in vars(options).items()},
+        "checkpoints": {name: report.as_json() for name, report in reports.items()},
+    }
+    file = options.output / "results.json"
+    file.write_text(json.dumps(results, indent=2) + "\n")
+    print_reports(reports, [file, *plot_reports(reports, options.output)])
+
+
+def _json(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Refusal as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted: nothing was written.")
