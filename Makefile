@@ -37,9 +37,10 @@ lint: $(VENV)/dev ## style and types alone
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/dev ## time and memory of a step against plain training and the alternatives; what back ends send
+bench: $(VENV)/dev ## time and memory of a step against plain training and the alternatives; what back ends send; curvature
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python -m benchmarks.back_ends
+	$(BIN)/python -m benchmarks.curvature
 
 refusals: $(VENV)/dev ## write docs/refusals.md anew
 	$(BIN)/python -m tests.refusals > docs/refusals.md

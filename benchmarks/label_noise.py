@@ -8,7 +8,7 @@ two draws and two-sided NSO with one: of equal cost, plain training having twice
 once as many, for comparison). All trainings of one seed share its split, its wrong labels and its
 initial weights. Measured on the training data, the loss of an example clipped at 2 log 10; the gap
 is to held-out images with as many wrong labels, the accuracy that on right ones. Writes
-OUTPUT.json, OUTPUT.md and OUTPUT.png.
+OUTPUT.json and OUTPUT.png.
 """
 
 import argparse
@@ -190,7 +190,6 @@ def main() -> None:
             results.setdefault(way, []).append(run(way, seed, options.epochs))
             print(way, seed, {k: round(v, 3) for k, v in results[way][-1].items()}, flush=True)
     options.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(table(results))
     plot(results, options.output.with_suffix(".png"))
     print(table(results))
 

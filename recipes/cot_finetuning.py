@@ -35,6 +35,7 @@ from transformers import (
 from nso_hf import NSOArguments, NSOConfig, NSOTrainer
 from nso_hf.checkpoints import last_complete_checkpoint
 from nso_hf.command_line import RecipeParser
+from nso_hf.curvature import CurvatureCallback
 from nso_hf.reasoning.evaluation import Evaluation, evaluate_answers
 from nso_hf.reasoning.examples import (
     PRESETS,
@@ -275,6 +276,54 @@ class DataOptions:
         return train, validation, test
 
 
+@dataclass
+class CurvatureOptions:
+    _argument_group_name = "curvature"
+
+    curvature: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure the trace and the largest eigenvalue of the Hessian of the training "
+            "loss, by the trained weights, after training; log them as curvature/*."
+        },
+    )
+    curvature_examples: int = field(
+        default=16,
+        metadata={"help": "Training texts it is measured on, in batches as in training."},
+    )
+    curvature_samples: int = field(
+        default=20,
+        metadata={"help": "Products with the Hessian for the trace; more make its error smaller."},
+    )
+    curvature_steps: int | None = field(
+        default=None,
+        metadata={"help": "Measure it before training too, and after each so many steps."},
+    )
+
+    def __post_init__(self) -> None:
+        for option in ("curvature_examples", "curvature_samples", "curvature_steps"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise refusal(option, value, "must be at least 1", "Give a positive number")
+
+    def callback(self, trainer: NSOTrainer, rows: list[dict[str, list[int]]]) -> CurvatureCallback:
+        """What measures it on the first of these rows."""
+        size = trainer.args.per_device_train_batch_size
+        starts = range(0, min(self.curvature_examples, len(rows)), size)
+        batches = [
+            dict(trainer.data_collator(rows[start : min(start + size, self.curvature_examples)]))
+            for start in starts
+        ]
+        return CurvatureCallback(
+            trainer,
+            batches,
+            at_start=self.curvature_steps is not None,
+            every_steps=self.curvature_steps,
+            num_samples=self.curvature_samples,
+            tolerance=1e-2,
+        )
+
+
 class AtTheBeginning(TrainerCallback):
     """Calls a function when the model has been prepared for training."""
 
@@ -297,6 +346,9 @@ class ReasoningTrainer(NSOTrainer):
         for name, value in answered.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value  # type: ignore[index]
         return output
+
+
+OPTIONS = [ModelOptions, DataOptions, CurvatureOptions, NSOConfig]
 
 
 def load_model(
@@ -410,10 +462,8 @@ def summary(evaluation: Evaluation) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = RecipeParser(
-        [ModelOptions, DataOptions, NSOConfig], description=__doc__.split("\n")[0]
-    )
-    model_options, data, args = parser.parse(argv)
+    parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0])
+    model_options, data, curvature, args = parser.parse(argv)
     checkpoint = checkpoint_to_resume(args)
     started = time.monotonic()
     set_seed(args.seed)
@@ -501,6 +551,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if data.evaluate_before and not checkpoint:
         trainer.add_callback(AtTheBeginning(answer_before))
+    if curvature.curvature:
+        trainer.add_callback(curvature.callback(trainer, rows))
     train_started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -514,7 +566,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(
             f"\nInterrupted at step {trainer.state.global_step}; last checkpoint: {last}; {cure}."
         )
-    train_seconds = time.monotonic() - train_started - answering_seconds
+    measured = [entry for entry in trainer.state.log_history if "curvature/trace" in entry]
+    curvature_seconds = sum(entry["curvature/seconds"] for entry in measured)
+    train_seconds = time.monotonic() - train_started - answering_seconds - curvature_seconds
     trainer.save_model()
     answers = answer(test, "Test, after training")
     after = summary(answers)
@@ -524,6 +578,7 @@ def main(argv: list[str] | None = None) -> None:
         "before": before,
         "after": after,
         "steps": trainer.state.global_step,
+        "curvature": measured[-1] if measured else None,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "best_validation_metric": trainer.state.best_metric,
         "train_seconds": round(train_seconds, 1),
@@ -534,6 +589,7 @@ def main(argv: list[str] | None = None) -> None:
         "processes": trainer.nso_backend.num_processes,
         "model_options": asdict(model_options),
         "data_options": asdict(data),
+        "curvature_options": asdict(curvature),
         "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},
         "log": trainer.state.log_history,
     }

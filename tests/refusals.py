@@ -20,6 +20,15 @@ from transformers.distributed import DistributedConfig
 
 from nso_hf import NSOConfig, NSOSeq2SeqTrainer, NSOTrainer, NSOTrainerMixin
 from nso_hf.backends import check, select
+from nso_hf.curvature import (
+    CurvatureCallback,
+    hessian_eigenvalues,
+    hessian_trace,
+    loss_slice,
+    noise_stability,
+    pac_bayes_bound,
+)
+from nso_hf.curvature.__main__ import main as measure_checkpoints
 from nso_hf.refusal import Refusal
 from recipes.cot_finetuning import main
 from tests.reference import config, tiny_llama, token_data
@@ -237,6 +246,76 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     "seq2seq trainer with plain arguments": plain_arguments_for_seq2seq,
 }
 
+
+def measured(measure, model=None, batches=None, **options) -> Callable[[Path], object]:
+    """A measurement of a tiny Llama, or of what `model` makes, on a batch."""
+
+    def run(folder: Path) -> object:
+        the_model = tiny_llama() if model is None else model()
+        rows = token_data(4)
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        return measure(the_model, [batch] if batches is None else batches(batch), **options)
+
+    return run
+
+
+def command(
+    *flags: str, model: str = "gpt2", rows: str = '{"text": "a"}'
+) -> Callable[[Path], object]:
+    """The curvature command on a checkpoint of `model` with `rows` of data."""
+
+    def run(folder: Path) -> object:
+        save_model(model, folder / "model")
+        (folder / "rows.jsonl").write_text(rows)
+        (folder / "rows.txt").write_text("a")
+        given = [flag.format(folder=folder) for flag in flags]
+        base = {"--data": f"{folder}/rows.jsonl", "--output": f"{folder}/out"}
+        words = [w for flag, v in base.items() if flag not in given for w in (flag, v)]
+        first = [] if given and not given[0].startswith("--") else [f"{folder}/model"]
+        return measure_checkpoints([*first, *given, *words])
+
+    return run
+
+
+def bfloat16_llama() -> nn.Module:
+    return tiny_llama().bfloat16()
+
+
+CURVATURE: dict[str, Callable[[Path], object]] = {
+    "unknown product": measured(hessian_trace, hvp="double"),
+    "no samples": measured(hessian_trace, num_samples=0),
+    "unknown estimator": measured(hessian_trace, method="xtrace"),
+    "too few samples for Hutch++": measured(hessian_trace, method="hutch++", num_samples=4),
+    "unknown selection": measured(hessian_trace, params="frozen"),
+    "pattern without a parameter": measured(hessian_trace, params=["lora_A"]),
+    "no adapters": measured(hessian_trace, params="lora"),
+    "weights in half precision": measured(hessian_trace, model=bfloat16_llama),
+    "no batches": measured(hessian_trace, batches=lambda batch: []),
+    "one batch, not a list": measured(hessian_trace, batches=lambda batch: batch),
+    "batches of pairs": measured(hessian_trace, batches=lambda batch: [(1, 2)]),
+    "a model without data": lambda folder: hessian_trace(tiny_llama()),
+    "batches without labels": measured(
+        hessian_trace, batches=lambda batch: [{"input_ids": batch["input_ids"]}]
+    ),
+    "unknown eigenvalues": measured(hessian_eigenvalues, which="top"),
+    "more eigenvalues than weights": measured(hessian_eigenvalues, k=10**6, max_products=10**6),
+    "basis too small": measured(hessian_eigenvalues, k=3, basis_size=4),
+    "noise of no size": measured(noise_stability, sigma=0.0),
+    "loss above its bound": measured(
+        pac_bayes_bound, reference=tiny_llama(), sigma=0.1, loss_bound=1.0, num_samples=1
+    ),
+    "start without a parameter": measured(pac_bayes_bound, reference={}, sigma=0.1, loss_bound=9.0),
+    "line without its middle": measured(loss_slice, num_points=10),
+    "callback of no trainer": lambda folder: CurvatureCallback(tiny_llama()),
+    "no such checkpoint": command("{folder}/none"),
+    "one checkpoint twice": command("{folder}/model", "{folder}/model"),
+    "no such data": command("--data", "{folder}/none.jsonl"),
+    "data of another format": command("--data", "{folder}/rows.txt"),
+    "columns of another task": command(rows='{"question": "a"}'),
+    "even number of points": command("--slice_points", "20"),
+    "pattern without a parameter, by flag": command("--params", "lora_A"),
+}
+
 RECIPE: dict[str, Callable[[Path], object]] = {
     "unknown flag": recipe("--sigmma", "0.1"),
     "sigma negative, by flag": recipe("--sigma", "-1"),
@@ -285,8 +364,12 @@ RECIPE: dict[str, Callable[[Path], object]] = {
     ),
     "nothing to resume": recipe("--resume_from_checkpoint", "last"),
     "resume from nowhere": recipe("--resume_from_checkpoint", "{folder}/none"),
+    "curvature of no examples": recipe("--curvature_examples", "0"),
     "pattern that matches nothing, by flag": recipe("--perturb_include", "lora_A"),
 }
+
+
+SECTIONS = {"Library": LIBRARY, "Curvature": CURVATURE, "Recipe": RECIPE}
 
 
 def message(case: Callable[[Path], object]) -> str:
@@ -308,7 +391,7 @@ def table() -> str:
         "is refused when the",
         "options, the trainer or the recipe are built: before anything is trained or overwritten.",
     ]
-    for title, cases in {"Library": LIBRARY, "Recipe": RECIPE}.items():
+    for title, cases in SECTIONS.items():
         lines += ["", f"## {title}", "", "| wrong input | message |", "|---|---|"]
         for name, case in cases.items():
             lines.append(f"| {name} | `{message(case).replace('|', '¦')}` |")

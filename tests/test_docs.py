@@ -53,15 +53,14 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_recipe_commands_parse(command, tmp_path, monkeypatch):
-    from nso_hf import NSOConfig
     from nso_hf.command_line import RecipeParser
-    from recipes.cot_finetuning import DataOptions, ModelOptions
+    from recipes.cot_finetuning import OPTIONS
 
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)[1:]
     if words == ["--help"]:
         return
-    RecipeParser([ModelOptions, DataOptions, NSOConfig]).parse([*words, "--use_cpu", "true"])
+    RecipeParser(OPTIONS).parse([*words, "--use_cpu", "true"])
 
 
 def test_pages_link_to_what_exists():

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.refusals import LIBRARY, RECIPE, message
+from tests.refusals import SECTIONS, message
 
 DOCUMENTED = (Path(__file__).parent.parent / "docs" / "refusals.md").read_text()
 
 
-@pytest.mark.parametrize("name", [*LIBRARY, *RECIPE])
+CASES = {name: case for cases in SECTIONS.values() for name, case in cases.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_wrong_input_gets_the_documented_message(name):
-    text = message((LIBRARY | RECIPE)[name])
+    text = message(CASES[name])
     assert f"| {name} | `{text.replace('|', '¦')}` |" in DOCUMENTED
     option, _, rest = text.partition("=")
     assert re.fullmatch(r"[\w*.]+", option), "it begins with the option and its value"

@@ -53,6 +53,9 @@ def test_imports_go_one_way():
                 and not (name == "methods" and imported == "arguments")
             ):
                 assert ORDER.index(imported) < ORDER.index(name), f"{path.name} imports {imported}"
+            if name == "curvature":
+                below = ("refusal", "backends", "perturbation", "noise", "side_effects", name)
+                assert imported in below, f"{path.name} imports {imported}"
             if name in ("reasoning", "command_line"):
                 assert imported in ("reasoning", "refusal")
 

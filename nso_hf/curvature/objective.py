@@ -164,7 +164,8 @@ class Objective:
             loss = self._trainer.compute_loss(self._model, copy.copy(batch))
         else:
             output = self._model(**batch)
-            loss = output.get("loss") if isinstance(output, Mapping) else output.loss
+            is_dict = isinstance(output, Mapping)
+            loss = output.get("loss") if is_dict else getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             rule = f"{type(self._model).__name__} returns no scalar loss for {sorted(batch)}"
             raise refusal("batches", sorted(batch), rule, "Add labels to them")

@@ -81,15 +81,8 @@ def select_measured(
         if not can_unfreeze and not weight.parameter.requires_grad:
             rule = f"{weight.name} is frozen, and sharded weights have no gradient while they are"
             raise refusal("params", params, rule, "Measure it in one process, or what is trained")
-    _check_precision(weights, {weight.index for weight in selected})
-    return selected
-
-
-def _check_precision(weights: Sequence[Weight], selected: set[int]) -> None:
-    for weight in weights:
-        dtype = weight.data.dtype
-        if dtype in (torch.float32, torch.float64):
-            continue
-        if weight.index in selected or dtype.is_floating_point:
-            rule = f"{dtype} rounds the loss and its gradient by more than they change"
+    for weight in weights:  # the others too: they decide what a forward pass computes in
+        if weight.data.dtype not in (torch.float32, torch.float64):
+            rule = f"{weight.data.dtype} rounds the loss and its gradient by more than they change"
             raise refusal("parameter", weight.name, rule, "Load the model in float32")
+    return selected

@@ -154,7 +154,7 @@ def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:
         plt.figure(figsize=(8, 4), layout="constrained")
         for name, spectrum in spectra.items():
             plt.semilogy(points, spectrum.density(points, width), label=name)
-        plt.ylim(bottom=1e-10)
+        plt.ylim(1e-10, 10 / width)
         plt.xlabel("eigenvalue")
         plt.ylabel("density")
         plt.legend()

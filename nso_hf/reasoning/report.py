@@ -1,7 +1,7 @@
 """What a finished run shows: a table in the terminal and a plot of the training."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,15 @@ _MEASURES = {
     "contains_answer": "contains the answer",
     "correct_format": "correct format",
     "complete": "complete",
+}
+
+_CURVATURE: dict[str, Callable[[Mapping[str, float]], str]] = {
+    "trace of the Hessian": lambda entry: (
+        f"{entry['curvature/trace']:.4g} ± {entry['curvature/trace_stderr']:.2g}"
+    ),
+    "largest eigenvalue": lambda entry: (
+        f"{entry['curvature/lambda_max']:.4g} ± {entry['curvature/lambda_max_residual']:.2g}"
+    ),
 }
 
 _TITLES = {
@@ -25,7 +34,8 @@ def print_results(
     log: Sequence[Mapping[str, float]],
     output: Path,
 ) -> None:
-    """Print the test results, with counts and standard errors, and where the files are."""
+    """Print the test results with counts and standard errors, the curvature where it was measured,
+    and where the files are."""
     from rich.console import Console
     from rich.table import Table
 
@@ -41,6 +51,12 @@ def print_results(
             error = f" ± {results['accuracy_stderr']:.1%}" if measure == "accuracy" else ""
             cells.append(f"{results[measure]:.1%}{error} ({count})")
         table.add_row(title, *cells)
+    curvature = [entry for entry in log if "curvature/trace" in entry]
+    if curvature:
+        untrained = [entry for entry in curvature if entry["step"] == 0]
+        ends = ([untrained[:1]] if before else []) + [curvature[-1:]]
+        for title, figure in _CURVATURE.items():
+            table.add_row(title, *(figure(entries[0]) if entries else "" for entries in ends))
     console = Console()
     console.print(table)
     for name in ("loss", "nso/sigma", "nso/perturbation_norm", "nso/trace_estimate"):
