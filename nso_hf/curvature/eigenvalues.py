@@ -57,6 +57,8 @@ def hessian_eigenvalues(
 ) -> Eigenvalues:
     """The `k` extreme eigenvalues of the Hessian of the mean loss over `batches`.
 
+    Of an eigenvalue that occurs several times, not all copies need be found.
+
     Args:
         model, batches, params, hvp: as in `hessian_trace`.
         which: "largest", "smallest" (the most negative), or "magnitude" (largest absolute value).
@@ -84,6 +86,7 @@ def hessian_eigenvalues(
     with hessian_of(objective, hvp, None, "Eigenvalues") as (hessian, notes):
         size = min(size, objective.vectors.dimension)
         lanczos = Lanczos(hessian, objective.vectors.draw(seed, 0, "normal"), size)
+        settled: Tensor | None = None
         for product in range(1, max_products + 1):
             lanczos.extend()
             values, coefficients = lanczos.ritz()
@@ -93,6 +96,11 @@ def hessian_eigenvalues(
             floor = 0.01 * values.abs().max()
             reached = residuals <= tolerance * values[best].abs().clamp(min=floor)
             is_done = len(best) == k and bool(reached.all())
+            if is_done and lanczos.beta == 0 and lanczos.length < objective.vectors.dimension:
+                # All that the first vector leads to is found, but not further copies of it: until
+                # a new vector brings nothing more.
+                is_done = settled is not None and torch.allclose(values[best], settled)
+                settled = values[best]
             if is_done or product == max_products:
                 break
             if lanczos.is_full:

@@ -26,6 +26,7 @@ from nso_hf.refusal import refusal
 HVPS = ("auto", "autograd", "finite_difference")
 
 _TRIALS = 4  # of steps for one product
+_AGREEMENT = 0.05  # relative, of both ways; they differ by some 1e-3 where both are right
 
 _ATTENTION = "_attn_implementation_internal"  # the property of this name writes to sub-models too
 
@@ -59,6 +60,7 @@ class Autograd(Hessian):
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
         self._round: int | None = None
+        self._loss: Tensor | None = None
         self._gradient: list[Tensor] = []
 
     def times(self, vector: Tensor) -> Tensor:
@@ -89,13 +91,17 @@ class Autograd(Hessian):
     def times_round(self, number: int, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         parameters = [weight.parameter for weight in self.objective.weights]
         if self._round != number:
-            self._round, self._gradient = None, []  # freed before the next is built
+            self._round, self._loss, self._gradient = (
+                None,
+                None,
+                [],
+            )  # freed before the next is built
             with _twice_differentiable(self.objective.backend.module()):
                 loss = self.objective.share_of_loss(number)
                 gradient = torch.autograd.grad(
                     loss, parameters, create_graph=True, materialize_grads=True
                 )
-            self._round, self._gradient = number, list(gradient)
+            self._round, self._loss, self._gradient = number, loss, list(gradient)
         depend = [i for i, g in enumerate(self._gradient) if g.requires_grad]
         if not depend:  # of a loss that is linear in the weights
             return [torch.zeros_like(part) for part in parts]
@@ -107,13 +113,28 @@ class Autograd(Hessian):
             materialize_grads=True,
         )
 
+    def custom_functions(self) -> set[str]:
+        """Names of functions in the last loss whose derivative somebody wrote in Python."""
+        assert self._loss is not None
+        names: set[str] = set()
+        seen, left = set(), [self._loss.grad_fn]
+        while left:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                names.add(node.name().removesuffix("Backward"))
+            left += [following for following, _ in node.next_functions]
+        return names
+
 
 class FiniteDifference(Hessian):
     r"""By central differences of gradients, the weights moved as NSO moves them.
 
     The step h along a unit vector v is such that the gradient g changes by a small share of itself,
 
-        h = rho |g| / |H v|,    rho = 2 eps^(1/3),    eps the rounding error of the weights' type,
+        h = rho |g| / |H v|,    rho = eps^(1/3),    eps the rounding error of the loss's type,
 
     since that change is the scale on which curvature changes in sharp directions (truncation grows
     with h^2), and what rounding, about eps |g|, has to be small against (it grows with 1/h).
@@ -125,13 +146,15 @@ class FiniteDifference(Hessian):
         super().__init__(objective)
         self._perturbation = perturbation
         vectors = objective.vectors
-        self._rho: float = 2 * torch.finfo(vectors.dtype).eps ** (1 / 3)
+        with torch.no_grad():  # models of float64 may well compute their loss in float32
+            eps = max(torch.finfo(t).eps for t in (objective.loss(0).dtype, vectors.dtype))
+        self._rho: float = eps ** (1 / 3)
         weights = vectors.norm(vectors.copy_of_weights())
         self._longest: float = self._rho * max(weights, 0.01 * vectors.dimension**0.5)
         self._loss = abs(objective.losses().sum().item())
         gradients = map(vectors.join, map(self._gradient, range(objective.num_rounds)))
         self._slope = vectors.norm(reduce(Tensor.add_, gradients))
-        self._step: float = 0.05 * self._longest
+        self._step: float = 0.1 * self._longest
 
     def times(self, vector: Tensor) -> Tensor:
         norm = self.objective.vectors.norm(vector)
@@ -220,7 +243,7 @@ def hessian_of(
     with objective.opened() as perturbation, objective.progress(description, total) as bar:
         hessian: Hessian
         hessian = twice = Autograd(objective)
-        obstacle = None if hvp == "finite_difference" else _obstacle(twice)
+        obstacle = None if hvp == "finite_difference" else _obstacle(twice, perturbation)
         if obstacle is not None and hvp == "autograd":
             raise refusal("hvp", hvp, obstacle, "Use 'finite_difference' or 'auto'")
         if obstacle is not None or hvp == "finite_difference":
@@ -230,14 +253,22 @@ def hessian_of(
         yield hessian, (*objective.notes, *because)
 
 
-def _obstacle(hessian: Autograd) -> str | None:
+def _obstacle(hessian: Autograd, perturbation: Perturbation) -> str | None:
     """What stands in the way of differentiating twice, if anything does."""
-    if not hessian.objective.backend.differentiates_twice:
-        return f"{hessian.objective.backend.name} shards the weights"
+    objective = hessian.objective
+    if not objective.backend.differentiates_twice:
+        return f"{objective.backend.name} shards the weights"
     try:
-        hessian.times_round(0, [weight.data for weight in hessian.objective.weights])
+        hessian.times_round(0, [weight.data for weight in objective.weights])
     except RuntimeError as error:
         return f"no double backward ({str(error).splitlines()[0]})"
+    custom = hessian.custom_functions()
+    if custom:  # PyTorch's own functions raise where they have no second derivative; these need not
+        v = objective.vectors.draw(0, 0)
+        product = FiniteDifference(objective, perturbation).times(v)
+        difference = objective.vectors.norm(hessian.times(v) - product)
+        if difference > _AGREEMENT * objective.vectors.norm(product):
+            return f"no second derivative of {', '.join(sorted(custom))}, by comparison"
     return None
 
 

@@ -13,7 +13,7 @@ from nso_hf.curvature import (
     noise_stability,
     pac_bayes_bound,
 )
-from tests.curvature.dense import MODELS, Quadratic, dense, dense_hessian, made
+from tests.curvature.dense import MODELS, Quadratic, dense, dense_hessian, gradient, made
 
 every_model = pytest.mark.parametrize("name", list(MODELS))
 both_ways = pytest.mark.parametrize("hvp", ["autograd", "finite_difference"])
@@ -21,6 +21,26 @@ both_ways = pytest.mark.parametrize("hvp", ["autograd", "finite_difference"])
 
 def within(estimate, stderr, exact, errors=3.0):
     return abs(estimate - exact) <= errors * stderr
+
+
+@every_model
+def test_the_matrices_are_those_of_second_differences(name):
+    """Against first derivatives alone: [g(W + h v) - g(W - h v)]/(2h), h^2 of truncation. Softmax
+    is in float32 even here: 6e-8 of rounding over h."""
+    (model, batches), H = made(name), dense(name)
+    scale, h = H.abs().max(), 1e-3
+    assert (H - H.T).abs().max() <= 1e-6 * scale
+    for _ in range(5):
+        v = torch.randn(len(H), dtype=torch.float64)
+        v /= v.norm()
+        parts = v.split([p.numel() for p in model.parameters()])
+        ends = []
+        for step in (h, -2 * h, h):
+            for parameter, part in zip(model.parameters(), parts, strict=True):
+                parameter.data += step * part.view(parameter.shape)
+            ends.append(gradient(model, batches))
+        difference = (ends[0] - ends[1]) / (2 * h)
+        assert (difference - H @ v).abs().max() <= 1e-3 * scale
 
 
 @pytest.fixture
@@ -53,7 +73,7 @@ def test_closed_form(quadratic, hvp):
         assert found.values == pytest.approx(expected.tolist(), rel=1e-8, abs=1e-8)
 
 
-def test_repeated_eigenvalues_are_all_found():
+def test_repeated_eigenvalues_of_a_small_matrix():
     model = Quadratic(6)
     model.D = torch.tensor([2.0, 2.0, 2.0, 1.0, 1.0, -4.0], dtype=torch.float64)
     batch = {"a": torch.zeros(1, 6, dtype=torch.float64)}
@@ -108,10 +128,12 @@ def test_eigenvalues(name, hvp):
     ]:
         found = hessian_eigenvalues(model, batches, k=k, which=which, hvp=hvp)
         assert found.converged and found.which == which
-        assert found.values == pytest.approx(expected.tolist(), rel=1e-4)
+        # The loss of language models is in float32, whatever their weights are.
+        rounded = hvp == "finite_difference" and name == "GPT-2"
+        assert found.values == pytest.approx(expected.tolist(), rel=1e-3 if rounded else 1e-4)
         for value, residual in zip(found.values, found.residuals, strict=True):
-            # The distance to an eigenvalue; 1e-6 for products by differences.
-            assert (exact - value).abs().min() <= residual + 1e-6 * exact.abs().max()
+            error = (1e-3 if rounded else 1e-6) * exact.abs().max()  # of the products
+            assert (exact - value).abs().min() <= residual + error
 
 
 def test_a_small_basis_finds_the_same():
@@ -125,8 +147,8 @@ def test_a_small_basis_finds_the_same():
 def test_spectrum(name):
     (model, batches), H = made(name), dense(name)
     exact = torch.linalg.eigvalsh(H)
-    spectrum = hessian_spectrum(model, batches, num_samples=20, num_steps=30)
-    assert spectrum.weights.sum(dim=1) == pytest.approx(torch.ones(20).numpy(), rel=1e-10)
+    spectrum = hessian_spectrum(model, batches, num_samples=10, num_steps=20)
+    assert spectrum.weights.sum(dim=1) == pytest.approx(torch.ones(10).numpy(), rel=1e-10)
     for power, value in [(1, exact.sum()), (2, exact.square().sum()), (3, (exact**3).sum())]:
         assert within(*spectrum.moment(power), value.item())
     width = 0.05 * (exact[-1] - exact[0]).item()
@@ -136,7 +158,7 @@ def test_spectrum(name):
     blurred = torch.exp(-z.square() / 2).mean(dim=1) / (width * math.sqrt(2 * math.pi))
     step = (at[1] - at[0]).item()
     assert density.sum().item() * step == pytest.approx(1, abs=1e-3)
-    # Twenty vectors: the mass in the wrong place is that of fluctuations, 1/sqrt(20 n) a bin.
+    # The mass in the wrong place is that of fluctuations, 1/sqrt(10 n) a bin.
     assert (density - blurred).abs().sum().item() * step < 0.1
 
 
@@ -151,7 +173,8 @@ def test_noise_stability_is_half_the_trace(name):
 
 
 def test_central_differences_in_single_precision():
-    """Rounding and truncation are each about eps^(2/3) = 2e-5 of what the gradient is made of."""
+    """Rounding is about 1e-6 of the gradient, of which 5e-3 is the difference: 2e-4 of |H v|, and
+    so is truncation; |H v| |v| is some ten times the spread of v'Hv."""
     model, batches = made("GPT-2")
     exact = hessian_eigenvalues(model, batches, k=3)
     model.float()
@@ -160,7 +183,7 @@ def test_central_differences_in_single_precision():
     a = hessian_trace(model, batches, num_samples=20, hvp="finite_difference")
     b = hessian_trace(model, batches, num_samples=20, hvp="autograd")
     spread = b.samples.sum(dim=1).std()
-    assert (a.samples - b.samples).sum(dim=1).abs().max() < 1e-3 * spread
+    assert (a.samples - b.samples).sum(dim=1).abs().max() < 1e-2 * spread
 
 
 def test_a_minimum_where_the_gradient_vanishes(quadratic):
@@ -189,7 +212,7 @@ def test_merged_weights_of_adapters():
     assert not any(p.requires_grad for n, p in adapted.named_parameters() if "base_layer" in n)
     merged = adapted.merge_and_unload()
     expected = hessian_eigenvalues(merged, batches, params=[r"c_attn\.weight"], k=2)
-    assert expected.num_parameters == merged_part.num_parameters == 2 * 8 * 24
+    assert expected.num_parameters == merged_part.num_parameters == 2 * 6 * 18
     assert values == pytest.approx(expected.values, rel=1e-6)
 
 
