@@ -28,7 +28,7 @@ def test_python_snippets_run(page, number, code, tmp_path, monkeypatch):
         exec(compile(code, f"{page}:{number}", "exec"), namespace)
         if "trainer" in namespace:
             logs = namespace["trainer"].state.log_history
-            assert logs[0]["nso/perturbation_norm"] > 0
+            assert all(log["nso/perturbation_norm"] > 0 for log in logs if "loss" in log)
         if "Smoothed" in namespace:
             _trains_as_documented(tmp_path)
     finally:

@@ -85,6 +85,7 @@ class FSDP2(Backend):
     @contextmanager
     def at_full_precision(self) -> Iterator[None]:
         states = [module._get_fsdp_state() for module in self._sharded_modules()]
+        states = [state for state in states if state._mp_policy != MixedPrecisionPolicy()]
         policies = [state._mp_policy for state in states]
         self.discard_gathered()
         for state in states:
@@ -156,3 +157,6 @@ def _set_precision(state: Any, policy: MixedPrecisionPolicy) -> None:
     for group in state._fsdp_param_groups:
         group.mp_policy = policy
         group._init_mp_dtypes()
+        for parameter in group.fsdp_params:  # what it is gathered into is made anew
+            parameter.all_gather_outputs = []
+            vars(parameter).pop("_unsharded_param", None)

@@ -38,8 +38,8 @@ class Hessian(ABC):
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
+        # Called after the product of each round.
         self.on_product: Callable[[], object] = lambda: None
-        """Called after the product of each round."""
 
     @abstractmethod
     def times(self, vector: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ class FiniteDifference(Hessian):
         super().__init__(objective)
         self._perturbation = perturbation
         vectors = objective.vectors
-        with torch.no_grad():  # models of float64 may well compute their loss in float32
-            eps = max(torch.finfo(t).eps for t in (objective.loss(0).dtype, vectors.dtype))
+        # Models of float64 may well compute their loss in float32.
+        eps = max(torch.finfo(dtype).eps for dtype in (objective.loss_dtype, vectors.dtype))
         self._rho: float = eps ** (1 / 3)
         weights = vectors.norm(vectors.copy_of_weights())
         self._longest: float = self._rho * max(weights, 0.01 * vectors.dimension**0.5)

@@ -148,6 +148,7 @@ class Objective:
         with torch.no_grad():
             first, second = self.loss(0), self.loss(0)
         self.backend.discard_gathered()
+        self.loss_dtype = first.dtype
         if not torch.isfinite(first):
             rule = "the loss of the first batch is not finite"
             raise refusal("batches", first.item(), rule, "Check the data and the weights")
