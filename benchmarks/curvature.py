@@ -64,9 +64,9 @@ def made(options: argparse.Namespace) -> tuple[GPT2LMHeadModel, list[Tensor]]:
         start, step = torch.randint(8000, (count, 1)), torch.randint(1, 4, (count, 1))
         return (start + torch.arange(options.length) * step) % 8192
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    for _ in range(30):
-        tokens = sequences(8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(100):
+        tokens = sequences(16)
         model(tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
