@@ -130,17 +130,16 @@ def test_resume_is_the_uninterrupted_run(tmp_path, capsys):
 
 
 def test_yaml_and_flags(tmp_path):
-    from nso_hf import NSOConfig
     from nso_hf.command_line import RecipeParser
-    from recipes.cot_finetuning import DataOptions, ModelOptions
+    from recipes.cot_finetuning import OPTIONS
 
     path = tmp_path / "c.yaml"
     path.write_text(
         "model_name_or_path: m\ndataset: gsm8k\noutput_dir: o\nlearning_rate: 1e-4\nsigma: 0.02\n"
         "perturb_include: [lora_A, lora_B]\ntwo_sided: false\nuse_cpu: true\nmax_steps: 7\n"
     )
-    parser = RecipeParser([ModelOptions, DataOptions, NSOConfig])
-    model, data, args = parser.parse(["--config", str(path), "--sigma", "0.03", "--max_steps=9"])
+    parser = RecipeParser(OPTIONS)
+    model, data, _, args = parser.parse(["--config", str(path), "--sigma", "0.03", "--max_steps=9"])
     assert (model.model_name_or_path, data.dataset, data.preset) == ("m", "gsm8k", "gsm8k")
     assert args.learning_rate == 1e-4 and args.sigma == 0.03 and args.max_steps == 9
     assert args.perturb_include == ["lora_A", "lora_B"] and args.two_sided is False
@@ -148,13 +147,12 @@ def test_yaml_and_flags(tmp_path):
 
 @pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("*.yaml")))
 def test_shipped_configs_are_valid(config, tmp_path):
-    from nso_hf import NSOConfig
     from nso_hf.command_line import RecipeParser
-    from recipes.cot_finetuning import DataOptions, ModelOptions
+    from recipes.cot_finetuning import OPTIONS
 
-    parser = RecipeParser([ModelOptions, DataOptions, NSOConfig])
+    parser = RecipeParser(OPTIONS)
     required = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    _, _, args = parser.parse(["--config", str(config), *required])
+    *_, args = parser.parse(["--config", str(config), *required])
     assert args.sigma == 0.01
 
 

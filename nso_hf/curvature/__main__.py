@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
     add("--gguf_file", help="a GGUF file in the checkpoint, or in the base model of its adapters")
     add("--batch_size", type=int, default=8, help="examples a batch (default: %(default)s)")
-    add("--num_batches", type=int, default=4, help="batches measured (default: %(default)s)")
+    add("--num_batches", type=int, help="batches measured (default: 4; all of a .pt file)")
     add("--max_length", type=int, default=512, help="tokens a text (default: %(default)s)")
     add(
         "--params",
@@ -94,8 +94,13 @@ def parser() -> argparse.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """Raise a `ValueError` for options that would fail later."""
-    for name in ("batch_size", "num_batches", "max_length", "num_samples", "num_eigenvalues"):
+    for name in ("batch_size", "max_length", "num_samples", "num_eigenvalues"):
         check_count(name, getattr(options, name))
+    if options.num_batches is not None:
+        check_count("num_batches", options.num_batches)
+    for checkpoint in options.checkpoints:
+        if checkpoint.startswith((".", "/")) and not Path(checkpoint).is_dir():
+            raise refusal("checkpoint", checkpoint, "no such folder", "Check the path")
     for name in ("slice_points", "plane_points", "spectrum_steps"):
         check_count(name, getattr(options, name), low=0)
     for name in ("slice_points", "plane_points"):

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nso_hf.curvature.eigenvalues import hessian_eigenvalues
+from nso_hf.curvature.eigenvalues import check_tolerance, hessian_eigenvalues
 from nso_hf.curvature.hessian import HVPS
-from nso_hf.curvature.objective import Batch, training_batches
+from nso_hf.curvature.objective import Batch, Objective, training_batches
 from nso_hf.curvature.parameters import Selection
 from nso_hf.curvature.trace import check_count, hessian_trace
 from nso_hf.refusal import refusal
@@ -21,15 +21,16 @@ class CurvatureCallback(TrainerCallback):
         trainer.add_callback(CurvatureCallback(trainer, every_steps=500))
 
     Logged with the Trainer's own logs: `curvature/trace`, `curvature/trace_stderr`,
-    `curvature/lambda_max`, `curvature/lambda_max_residual` (an eigenvalue is at most that far
-    away), `curvature/seconds`.
+    `curvature/lambda_max`, `curvature/lambda_max_residual` (see `Eigenvalues.residuals`),
+    `curvature/seconds`.
 
     Args:
         trainer: any `Trainer`, whose loss is measured, on all of its processes.
         batches: dicts as its collator makes them; by default the first `num_batches` of its
             training data.
         every_steps, every_epochs: measure after so many optimizer steps or epochs.
-        at_start, at_end: measure before the first step, after the last.
+        at_start, at_end: measure before the first step, and after the last, with
+            `load_best_model_at_end` the best model.
         num_samples: products with the Hessian for the trace.
         tolerance: of the largest eigenvalue, relative.
         params, hvp, seed: as in `hessian_trace`.
@@ -67,6 +68,7 @@ class CurvatureCallback(TrainerCallback):
         check_count("num_samples", num_samples)
         if hvp not in HVPS:
             raise refusal("hvp", hvp, "unknown", f"Choose one of {', '.join(map(repr, HVPS))}")
+        check_tolerance(tolerance)
         self._trainer = trainer
         self._batches = None if batches is None else list(batches)
         self._num_batches = num_batches
@@ -79,14 +81,9 @@ class CurvatureCallback(TrainerCallback):
     def measure(self) -> dict[str, float]:
         """The figures that are logged."""
         started = time.perf_counter()
-        if self._batches is None:
-            self._batches = training_batches(self._trainer, self._num_batches)
-        trace = hessian_trace(
-            self._trainer, self._batches, num_samples=self._num_samples, **self._options
-        )
-        top = hessian_eigenvalues(
-            self._trainer, self._batches, tolerance=self._tolerance, **self._options
-        )
+        trainer, batches = self._trainer, self._prepared_batches()
+        trace = hessian_trace(trainer, batches, num_samples=self._num_samples, **self._options)
+        top = hessian_eigenvalues(trainer, batches, tolerance=self._tolerance, **self._options)
         return {
             "curvature/trace": trace.estimate,
             "curvature/trace_stderr": trace.stderr,
@@ -94,6 +91,11 @@ class CurvatureCallback(TrainerCallback):
             "curvature/lambda_max_residual": top.residuals[0],
             "curvature/seconds": time.perf_counter() - started,
         }
+
+    def _prepared_batches(self) -> list[Batch]:
+        if self._batches is None:
+            self._batches = training_batches(self._trainer, self._num_batches)
+        return self._batches
 
     def _log(self, step: int, control: TrainerControl) -> None:
         if self._measured_at != step:
@@ -108,13 +110,18 @@ class CurvatureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._measured_at = None
+        # What cannot be measured is refused now, not at the end of the training.
+        Objective(self._trainer, self._prepared_batches(), self._options["params"])
         if self._at_start and state.global_step == 0:
             self._log(0, control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._every_steps and state.global_step % self._every_steps == 0:
+        is_due = self._every_steps and state.global_step % self._every_steps == 0
+        # At the end while progress bars and trackers are there to see it.
+        is_end = self._at_end and state.global_step == state.max_steps
+        if is_due or (is_end and not args.load_best_model_at_end):
             self._log(state.global_step, control)
 
     def on_epoch_end(
@@ -127,6 +134,7 @@ class CurvatureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._at_end:
-            if args.load_best_model_at_end:  # these are other weights than the last step's
-                self._measured_at = None
+            best = state.best_model_checkpoint or ""
+            if args.load_best_model_at_end and not best.endswith(f"-{state.global_step}"):
+                self._measured_at = None  # these are other weights than the last step's
             self._log(state.global_step, control)

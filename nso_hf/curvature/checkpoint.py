@@ -1,5 +1,6 @@
 """A model and its batches from a checkpoint and a data set, for the command line."""
 
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +16,7 @@ from nso_hf.refusal import refusal
 
 Row = Mapping[str, Any]
 
+_BATCHES = 4  # of a data set, where nobody says how many
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -55,7 +57,7 @@ class Data:
     """Where the tokenizer or the image processor is."""
     gguf_file: str | None
     batch_size: int
-    num_batches: int
+    num_batches: int | None
     max_length: int
 
     def batches(self, model: PreTrainedModel) -> list[Batch]:
@@ -64,7 +66,14 @@ class Data:
         if Path(self.path).suffix == ".pt":
             if not Path(self.path).is_file():
                 raise refusal("data", self.path, "no such file", "Check the path")
-            saved: list[Batch] = torch.load(self.path, weights_only=True)
+            try:
+                saved = torch.load(self.path, weights_only=True)
+            except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+                cure = "Save it with torch.save([dict(batch), ...], path)"
+                raise refusal("data", self.path, "not a list of dicts of tensors", cure) from error
+            if not isinstance(saved, list):
+                rule = f"a {type(saved).__name__}, not a list of dicts"
+                raise refusal("data", self.path, rule, "Save a list of batches")
             return saved[: self.num_batches]
         adapted: Any = model
         inner = adapted.get_base_model() if hasattr(model, "get_base_model") else model
@@ -105,7 +114,8 @@ class Data:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise refusal("data", self.path, reason, "Check the name and --split") from error
-        rows: list[Row] = list(islice(loaded, self.batch_size * self.num_batches))
+        number = _BATCHES if self.num_batches is None else self.num_batches
+        rows: list[Row] = list(islice(loaded, self.batch_size * number))
         if not rows:
             raise refusal("data", self.path, "it is empty", "Use another split or file")
         return rows

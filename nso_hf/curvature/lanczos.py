@@ -24,10 +24,9 @@ class Lanczos:
         self._basis = start.new_empty(size + 1, len(start))
         self._basis[0] = start / self._vectors.norm(start)
         self._T = torch.zeros(size, size, dtype=torch.float64)
-        self.length = 0
-        """Vectors H has been applied to."""
+        self.length = 0  # vectors H has been applied to
+        # Norm of what continues the basis; 0 where the basis spans an invariant subspace.
         self.beta = 0.0
-        """Norm of what continues the basis; 0 where the basis spans an invariant subspace."""
 
     def extend(self) -> None:
         """Apply H to the last vector."""

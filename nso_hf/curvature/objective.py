@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -38,13 +38,14 @@ def training_batches(trainer: Trainer, num_batches: int | None = None) -> list[B
     loader = DataLoader(
         trainer.train_dataset,
         batch_size=trainer.args.per_device_train_batch_size,
-        collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator),
+        # A copy, since a collator may hold a generator of its own.
+        collate_fn=trainer._get_collator_with_removed_columns(copy.deepcopy(trainer.data_collator)),
     )
     with random_state_kept({trainer.args.device}):
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
-        return list(islice(loader, num_batches))
+        return [dict(batch) for batch in islice(loader, num_batches)]
 
 
 class Objective:
@@ -81,7 +82,7 @@ class Objective:
         if batches is None:
             raise refusal("batches", None, "a model brings no data", "Pass batches, or a Trainer")
         self._model = self.backend.module()
-        all_weights = self.backend.weights()
+        self.all_weights = all_weights = self.backend.weights()
         can_unfreeze = self.backend.differentiates_twice
         self.weights = select_measured(all_weights, self._model, params, can_unfreeze)
         self.vectors = Vectors(self.weights, self.backend)
@@ -102,7 +103,7 @@ class Objective:
             if not isinstance(batch, Mapping):
                 rule, cure = "must be a dict of what the model takes", "Write {'input_ids': ...}"
                 raise refusal("batches", type(batch).__name__, rule, cure)
-        sizes = [find_batch_size(batch) or 1 for batch in every]
+        sizes = [_examples(batch) for batch in every]
         self.num_batches, self.num_examples = len(every), sum(sizes)
         self.weights_of_batches = [size / self.num_examples for size in sizes]
         self.num_rounds = -(-len(every) // processes)
@@ -148,10 +149,11 @@ class Objective:
         with torch.no_grad():
             first, second = self.loss(0), self.loss(0)
         self.backend.discard_gathered()
-        self.loss_dtype = first.dtype
-        if not torch.isfinite(first):
-            rule = "the loss of the first batch is not finite"
-            raise refusal("batches", first.item(), rule, "Check the data and the weights")
+        losses = self.losses()
+        if not losses.isfinite().all():
+            number = int((~losses.isfinite()).nonzero()[0])
+            rule = f"the loss is not finite in round {number} of {self.num_rounds}"
+            raise refusal("batches", losses[number].item(), rule, "Check the data and the weights")
         if (first - second).abs() > _DIFFERENCE * first.abs():
             rule = f"its loss is random ({first:.6g}, then {second:.6g}) in evaluation mode too"
             cure = "Switch off what draws random numbers in its forward pass"
@@ -159,7 +161,7 @@ class Objective:
 
     def loss(self, number: int) -> Tensor:
         """f_b of this process's batch of round `number`, a scalar."""
-        batch = send_to_device(self._batches[number], self.vectors.device)
+        batch = send_to_device(dict(self._batches[number]), self.vectors.device)
         loss: object
         if self._trainer is not None:
             loss = self._trainer.compute_loss(self._model, copy.copy(batch))
@@ -176,6 +178,19 @@ class Objective:
         """Its part of f: the sum over rounds and processes is f(W)."""
         return self.loss(number) * self._shares[number]
 
+    def differentiable_loss(self, number: int) -> Tensor:
+        """`share_of_loss`, to be differentiated.
+
+        Raises:
+            ValueError: it does not depend on the selected weights.
+        """
+        loss = self.share_of_loss(number)
+        if not loss.requires_grad:
+            names = [weight.name for weight in self.weights[:3]]
+            rule = "the loss depends on none of the selected weights"
+            raise refusal("params", names, rule, "Select weights that the model uses")
+        return loss
+
     def losses(self) -> Tensor:
         """The parts of f at the present weights, summed over processes: float64, one a round."""
         with torch.no_grad():
@@ -188,6 +203,11 @@ class Objective:
         hidden = self.backend.process_index > 0
         with tqdm(total=total, desc=description, delay=3, leave=False, disable=hidden) as bar:
             yield bar
+
+
+def _examples(batch: Batch) -> int:
+    tensors = (value for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+    return next((len(tensor) for tensor in tensors), 1)
 
 
 @contextmanager

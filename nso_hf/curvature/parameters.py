@@ -69,6 +69,11 @@ def select_measured(
         selected = [weight for weight in weights if id(weight.parameter) in chosen]
     else:
         for pattern in params:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                rule = f"not a regular expression ({error})"
+                raise refusal("params", pattern, rule, "Escape special characters") from error
             if not any(re.search(pattern, weight.name) for weight in weights):
                 names = ", ".join(weight.name for weight in weights[:3])
                 cure = f"Use part of a parameter's name, such as {names}"

@@ -5,12 +5,14 @@ and weights of fewer than two dimensions stay (Li et al., NeurIPS 2018). That ma
 comparable whose weights differ in scale.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.pytorch_utils import Conv1D
 
 from nso_hf.backends import Weight
 from nso_hf.curvature.objective import Batch, Objective
@@ -49,6 +51,8 @@ def loss_slice(
     check_count("num_points", num_points, low=3)
     if num_axes not in (1, 2):
         raise refusal("num_axes", num_axes, "must be 1 or 2", "Choose a line or a plane")
+    if not 0 < extent < math.inf:
+        raise refusal("extent", extent, "must be a positive number", "Typical: 0.5")
     if num_points % 2 == 0:
         cure = f"Use {num_points + 1}"
         raise refusal("num_points", num_points, "must be odd, for W to be among them", cure)
@@ -56,7 +60,8 @@ def loss_slice(
     if not objective.backend.differentiates_twice:
         rule = "the norm of a filter needs whole weights"
         raise refusal("backend", objective.backend.name, rule, "Slice a checkpoint in one process")
-    axis = torch.linspace(-extent, extent, num_points, dtype=torch.float64).tolist()
+    half = num_points // 2
+    axis = [extent * (place - half) / half for place in range(num_points)]
     directions = [_filter_normalised(objective, seed, number) for number in range(num_axes)]
     losses = torch.zeros(num_points**num_axes, dtype=torch.float64)
     with objective.opened() as perturbation, objective.progress("Slice", len(losses)) as bar:
@@ -75,13 +80,16 @@ def loss_slice(
 
 
 def _filter_normalised(objective: Objective, seed: int, number: int) -> list[Tensor]:
-    vectors = objective.vectors
+    vectors, modules = objective.vectors, objective.backend.module().modules()
+    transposed = {id(module.weight) for module in modules if isinstance(module, Conv1D)}
     directions = vectors.split(vectors.draw(seed, number, "normal"))
     for weight, direction in zip(objective.weights, directions, strict=True):
         if direction.ndim < 2:
             direction.zero_()
         else:
             rows, own = direction.flatten(1), weight.data.flatten(1)
+            if id(weight.parameter) in transposed:  # inputs first
+                rows, own = rows.T, own.T
             norms = rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
             rows *= (own.norm(dim=1) / norms).unsqueeze(1)
     return directions

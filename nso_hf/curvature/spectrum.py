@@ -19,6 +19,7 @@ from nso_hf.curvature.objective import Batch, Objective
 from nso_hf.curvature.parameters import Selection
 from nso_hf.curvature.result import Measurement, Stopwatch
 from nso_hf.curvature.trace import Estimate, check_count
+from nso_hf.refusal import refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,14 @@ class Spectrum(Measurement):
 
     def moment(self, power: int) -> Estimate:
         """Tr H^power with its standard error: of power 1 the trace, of 2 the squared Frobenius
-        norm."""
+        norm.
+
+        Raises:
+            ValueError: the quadrature is not exact for it, beyond 2 num_steps - 1.
+        """
+        if power > 2 * self.num_steps - 1:
+            rule = f"{self.num_steps} Lanczos steps give moments up to {2 * self.num_steps - 1}"
+            raise refusal("power", power, rule, "Use more num_steps")
         sums = self.num_parameters * (self.weights * self.nodes**power).sum(dim=1)
         stderr = sums.std().item() / math.sqrt(len(sums)) if len(sums) > 1 else math.nan
         return Estimate(sums.mean().item(), stderr)
@@ -77,7 +85,7 @@ def hessian_spectrum(
     nodes = torch.zeros(num_samples, steps, dtype=torch.float64)
     weights = torch.zeros_like(nodes)
     products = num_samples * steps
-    with hessian_of(objective, hvp, products, "Spectrum") as (hessian, notes):
+    with hessian_of(objective, hvp, products, "Spectrum") as hessian:
         for sample in range(num_samples):
             lanczos = Lanczos(hessian, objective.vectors.draw(seed, sample), steps)
             while not lanczos.is_full:
@@ -95,6 +103,6 @@ def hessian_spectrum(
         num_samples=num_samples,
         num_steps=steps,
         hvp=hessian.hvp,
-        notes=notes,
+        notes=tuple(hessian.notes),
         **watch.fields(objective),
     )

@@ -28,6 +28,7 @@ class NoiseStability(Measurement):
     gap: float
     """E f(W + U) - f(W)."""
     stderr: float
+    """Of the draws, and the rounding of the loss in float32."""
     loss: float
     """f(W)."""
     sigma: float
@@ -83,14 +84,17 @@ def noise_stability(
             bar.update()
     samples = torch.stack(rises)
     stderr = samples.std().item() / math.sqrt(num_samples) if num_samples > 1 else math.nan
+    gap, rounding = samples.mean().item(), torch.finfo(torch.float32).eps * clean.abs().item()
+    close = f"the rise is close to the rounding of the loss ({rounding:.1g}): use a larger sigma"
+    notes = (close,) if abs(gap) < 10 * rounding else ()
     return NoiseStability(
-        gap=samples.mean().item(),
-        stderr=stderr,
+        gap=gap,
+        stderr=math.hypot(stderr, rounding),
         loss=clean.item(),
         sigma=sigma,
         num_samples=num_samples,
         samples=samples,
-        notes=objective.notes,
+        notes=(*objective.notes, *notes),
         **watch.fields(objective),
     )
 

@@ -107,7 +107,7 @@ def hessian_trace(
         choices = ", ".join(map(repr, ESTIMATORS))
         raise refusal("method", method, "unknown", f"Choose one of {choices}")
     watch, objective = Stopwatch(), Objective(model, batches, params)
-    with hessian_of(objective, hvp, num_samples, "Hessian trace") as (hessian, notes):
+    with hessian_of(objective, hvp, num_samples, "Hessian trace") as hessian:
         known, samples = ESTIMATORS[method](hessian, objective.vectors, num_samples, seed)
     residual = mean_of(samples.sum(dim=1))
     return Trace(
@@ -118,7 +118,7 @@ def hessian_trace(
         samples=samples,
         names=tuple(weight.name for weight in objective.weights),
         hvp=hessian.hvp,
-        notes=notes,
+        notes=tuple(hessian.notes),
         **watch.fields(objective),
     )
 

@@ -23,8 +23,7 @@ class Vectors:
         self._backend = backend
         self._sizes = [weight.data.numel() for weight in weights]
         self._copies = torch.tensor([weight.copies for weight in weights], dtype=torch.float64)
-        self.dimension = sum(weight.numel for weight in weights)
-        """Elements of a vector over all processes."""
+        self.dimension = sum(weight.numel for weight in weights)  # over all processes
         self.local_size = sum(self._sizes)
         self.dtype = weights[0].data.dtype
         self.device = weights[0].data.device

@@ -155,3 +155,57 @@ def test_a_model_that_is_no_module_of_transformers(tmp_path):
         assert entry["curvature/lambda_max"] == pytest.approx(exact[-1].item(), rel=1e-4)
         error = abs(entry["curvature/trace"] - exact.sum().item())
         assert error <= 3 * entry["curvature/trace_stderr"]
+
+
+def test_a_collator_with_a_generator_of_its_own_is_not_advanced(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling
+
+    from tests.tiny_models import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+
+    def run(watched):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 8}
+        model = BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+        trainer = NSOTrainer(
+            model=model,
+            args=config(tmp_path, max_steps=3, learning_rate=1e-2),
+            train_dataset=[{"input_ids": row["input_ids"]} for row in token_data(12)],
+            data_collator=DataCollatorForLanguageModeling(tokenizer, seed=5),
+        )
+        if watched:
+            trainer.add_callback(CurvatureCallback(trainer, every_steps=1, num_samples=2))
+        trainer.train()
+        return trainer.model
+
+    assert largest_difference(run(watched=False), run(watched=True)) == 0
+
+
+def test_what_cannot_be_measured_is_refused_before_training(tmp_path):
+    trainer = NSOTrainer(
+        model=tiny_llama().bfloat16(), args=config(tmp_path), train_dataset=token_data(8)
+    )
+    trainer.add_callback(CurvatureCallback(trainer, at_start=False))
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 rounds the loss"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.raises(ValueError, match="tolerance=2: must be in"):
+        CurvatureCallback(trainer, tolerance=2)
+
+
+def test_the_best_model_is_measured_once(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_strategy": "steps"}
+    args = config(tmp_path, max_steps=4, load_best_model_at_end=True, **options)
+    trainer = NSOTrainer(
+        model=tiny_llama(),
+        args=args,
+        train_dataset=token_data(16),
+        eval_dataset=token_data(4, seed=2),
+    )
+    trainer.add_callback(CurvatureCallback(trainer, every_steps=2, num_samples=2))
+    trainer.train()
+    steps = [e["step"] for e in trainer.state.log_history if "curvature/trace" in e]
+    is_last = trainer.state.best_model_checkpoint.endswith("-4")
+    assert steps == ([0, 2, 4] if is_last else [0, 2, 4, 4])

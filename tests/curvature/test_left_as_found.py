@@ -1,5 +1,6 @@
 """The model, the random state and the machine's settings are as they were before a measurement."""
 
+import copy
 import random
 
 import numpy as np
@@ -27,7 +28,7 @@ MEASURES = {
     "spectrum": lambda *a, **o: hessian_spectrum(*a, num_steps=4, num_samples=1, **o),
     "stability": lambda *a, hvp, **o: noise_stability(*a, sigma=0.1, num_samples=2, **o),
     "bound": lambda model, *a, **o: pac_bayes_bound(
-        model, *a, reference=model, sigma=0.1, loss_bound=50.0, num_samples=2, **o
+        model, *a, reference=copy.deepcopy(model), sigma=0.1, loss_bound=50.0, num_samples=2, **o
     ),
     "slice": lambda *a, hvp, **o: loss_slice(*a, num_points=3, **o),
 }
