@@ -98,6 +98,27 @@ def test_any_model_end_to_end(tmp_path, kind, options):
     assert (output / ("adapter_config.json" if "lora_r" in options else "config.json")).exists()
 
 
+def test_curvature_is_in_the_table_and_leaves_training_alone(tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    model = save_model("llama", tmp_path / "model")
+    measuring = {"curvature": "true", "curvature_samples": 3, "curvature_steps": 3}
+    main(flags(model, tmp_path / "watched", lora_r=4, **measuring, curvature_examples=3))
+    printed = capsys.readouterr().out
+    main(flags(model, tmp_path / "plain", lora_r=4))
+    a, b = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("watched", "plain"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    results = json.loads((tmp_path / "watched" / "results.json").read_text())
+    measured = [e for e in results["log"] if "curvature/trace" in e]
+    assert [e["step"] for e in measured] == [0, 3, 4]
+    assert results["curvature"] == measured[-1]
+    rows = [line for line in printed.splitlines() if "trace of the Hessian" in line]
+    (row,) = rows
+    for entry in (measured[0], measured[-1]):
+        assert f"{entry['curvature/trace']:.4g} ±" in row
+    assert json.loads((tmp_path / "plain" / "results.json").read_text())["curvature"] is None
+
+
 def test_resume_is_the_uninterrupted_run(tmp_path, capsys):
     model = save_model("gpt2", tmp_path / "model")
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "lora_r": 4, "seed": 5}

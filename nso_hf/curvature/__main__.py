@@ -187,4 +187,4 @@ if __name__ == "__main__":
     except Refusal as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted: nothing was written.")
+        sys.exit("\nInterrupted.")
