@@ -198,7 +198,6 @@ class FiniteDifference(Hessian):
         self.is_settled = difference <= _AGREEMENT * vectors.norm(product)
         if not self.is_settled:
             self.notes.append(_UNSETTLED)
-            logger.warning(f"{_UNSETTLED[0].upper()}{_UNSETTLED[1:]}.")
 
     def _difference(self, vector: Tensor, h: float) -> Tensor:
         difference = torch.zeros_like(vector)
@@ -271,6 +270,8 @@ def hessian_of(
         hessian = _chosen(objective, hvp, perturbation)
         hessian.on_product = bar.update
         yield hessian
+        if _UNSETTLED in hessian.notes:
+            logger.warning(f"{_UNSETTLED[0].upper()}{_UNSETTLED[1:]}.")
 
 
 def _chosen(objective: Objective, hvp: str, perturbation: Perturbation) -> Hessian:
@@ -299,11 +300,8 @@ def _obstacle(hessian: Autograd, perturbation: Perturbation) -> str | None:
         return f"no double backward ({str(error).splitlines()[0]})"
     custom = hessian.custom_functions()
     if custom:  # PyTorch's own functions raise where they have no second derivative; these need not
-        v, vectors, names = (
-            objective.vectors.draw(0, 0),
-            objective.vectors,
-            ", ".join(sorted(custom)),
-        )
+        vectors, names = objective.vectors, ", ".join(sorted(custom))
+        v = vectors.draw(0, 0)
         differences = FiniteDifference(objective, perturbation)
         product = differences.times(v)
         if not differences.is_settled:
