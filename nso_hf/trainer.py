@@ -67,6 +67,7 @@ class NSOTrainerMixin(_Base):
         self._nso_weights: list[Weight] | None = None  # the perturbed ones of this optimizer step
         self._nso_measured_step: int | None = None  # whose measurements go into the next log
         self._nso_measurements: dict[str, float | Tensor] = {}
+        self._nso_point: Point | None = None  # where the weights are, within a training step
         for name in (base.__name__ for base in type(self).__mro__):
             if _GENERATING.search(name):
                 rule = "it generates or counts its calls inside training_step, which NSO repeats"
@@ -130,10 +131,15 @@ class NSOTrainerMixin(_Base):
         step = self._nso_step(model)
         points = METHODS[self.nso_args.method](self.nso_args).points(step)
         backend = self.nso_backend
-        with backend.step_afterwards(), borrowed(step.weights, backend) as perturbation:
+        with (
+            backend.step_afterwards(),
+            borrowed(step.weights, backend) as perturbation,
+            self._nso_in_a_step(),
+        ):
             point = next(points)
             while True:
                 perturbation.move_to(point.displacement, point.sign)
+                self._nso_point = point
                 self._nso_measure(step, point, perturbation)
                 loss = self._nso_gradient_at(point, step, model, inputs, num_items_in_batch)
                 try:
@@ -145,6 +151,13 @@ class NSOTrainerMixin(_Base):
                     return reported
                 assert not point.last, "a method went on after the point it marked as the last"
                 point = following
+
+    @contextmanager
+    def _nso_in_a_step(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._nso_point = None
 
     def _nso_gradient_at(
         self,

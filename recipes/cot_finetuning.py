@@ -33,9 +33,10 @@ from transformers import (
 )
 
 from nso_hf import NSOArguments, NSOConfig, NSOTrainer
-from nso_hf.checkpoints import last_complete_checkpoint
+from nso_hf.checkpoints import checkpoint_to_resume, how_to_go_on
 from nso_hf.command_line import RecipeParser
 from nso_hf.curvature import CurvatureCallback
+from nso_hf.plots import plot_training
 from nso_hf.reasoning.evaluation import Evaluation, evaluate_answers
 from nso_hf.reasoning.examples import (
     PRESETS,
@@ -47,7 +48,7 @@ from nso_hf.reasoning.examples import (
 )
 from nso_hf.reasoning.generated import generate_examples
 from nso_hf.reasoning.prompts import PromptFormat, training_rows
-from nso_hf.reasoning.report import plot_training, print_results
+from nso_hf.reasoning.report import TITLES, print_results
 from nso_hf.refusal import Refusal, refusal
 
 
@@ -415,28 +416,6 @@ def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder:
     return get_peft_model(model, adapters)
 
 
-def checkpoint_to_resume(args: NSOConfig) -> str | None:
-    """The checkpoint named by --resume_from_checkpoint, where "last" is the last complete one.
-
-    Never over another run: a folder with checkpoints or results is only gone on with from its own.
-    """
-    asked, output = args.resume_from_checkpoint, Path(str(args.output_dir))
-    last = last_complete_checkpoint(output, args.world_size)
-    if str(asked).lower() in ("last", "true"):
-        if last is None:
-            cure = "Leave it out to start anew"
-            raise refusal("resume_from_checkpoint", asked, f"no checkpoint in {output}", cure)
-        return str(last)
-    if asked is not None and not Path(asked).is_dir():
-        raise refusal("resume_from_checkpoint", asked, "no such folder", "Use 'last', or a path")
-    is_own = asked is not None and Path(asked).resolve().parent == output.resolve()
-    if not is_own and (any(output.glob("checkpoint-*")) or (output / "results.json").exists()):
-        rule = "holds the checkpoints or results of another run"
-        cure = "Pass --resume_from_checkpoint last, or another --output_dir"
-        raise refusal("output_dir", str(output), rule, cure)
-    return None if asked is None else str(asked)
-
-
 def check_lengths(
     model: PreTrainedModel, data: DataOptions, longest_row: int, longest_prompt: int
 ) -> None:
@@ -557,15 +536,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        last = last_complete_checkpoint(output, args.world_size)
-        cure = (
-            "the same command with --resume_from_checkpoint last goes on"
-            if last
-            else "no checkpoint was saved yet"
-        )
-        sys.exit(
-            f"\nInterrupted at step {trainer.state.global_step}; last checkpoint: {last}; {cure}."
-        )
+        sys.exit(f"\n{how_to_go_on(args, trainer.state.global_step)}")
     measured = [entry for entry in trainer.state.log_history if "curvature/trace" in entry]
     curvature_seconds = sum(entry["curvature/seconds"] for entry in measured)
     train_seconds = time.monotonic() - train_started - answering_seconds - curvature_seconds
@@ -595,7 +566,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     answers.write(output / "predictions.jsonl")
-    plot_training(trainer.state.log_history, output / "training.png")
+    plot_training(trainer.state.log_history, output / "training.png", TITLES, top=1.0)
     print_results(before, after, trainer.state.log_history, output)
 
 

@@ -1,6 +1,5 @@
-"""What a finished run shows: a table in the terminal and a plot of the training."""
+"""What a finished run shows: a table in the terminal, and the titles of its plot."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ _CURVATURE: dict[str, Callable[[Mapping[str, float]], str]] = {
     ),
 }
 
-_TITLES = {
+TITLES = {
     "loss": "Loss per token, nats",
     "eval_accuracy": "Validation accuracy",
     "nso/perturbation_norm": "Norm of the perturbation applied",
@@ -65,35 +64,3 @@ def print_results(
             console.print(f"{name}: {values[0]:.4g} in the first log, {values[-1]:.4g} in the last")
     names = ["results.json", "predictions.jsonl", "training.png"]
     console.print("Written: " + ", ".join(str(output / name) for name in names), soft_wrap=True)
-
-
-def plot_training(log: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the losses, the validation accuracy and the norm of the perturbation over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    def series(name: str) -> tuple[list[float], list[float]]:
-        entries = [entry for entry in log if math.isfinite(entry.get(name, math.nan))]
-        return [entry["step"] for entry in entries], [entry[name] for entry in entries]
-
-    names = ("loss", "eval_accuracy", "nso/perturbation_norm")
-    panels = [name for name in names if series(name)[0]]
-    if not panels:  # a run shorter than logging_steps
-        panels = ["loss"]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 3.5), layout="constrained", squeeze=False
-    )
-    for axis, name in zip(axes[0], panels, strict=True):
-        axis.plot(*series(name), "o-", markersize=3, label="training, mean over evaluations")
-        axis.set_xlabel("optimizer step")
-        axis.set_ylim(
-            bottom=0, top=1 if name == "eval_accuracy" else 1.1 * max(series(name)[1], default=1)
-        )
-        axis.set_title(_TITLES[name])
-        if name == "loss" and series("eval_loss")[0]:
-            axis.plot(*series("eval_loss"), "s-", label="validation, at W")
-            axis.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,0 +1,267 @@
+"""Models of open_clip with what goes with them: tokenizer, image transforms, loss."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import get_model_config, load_checkpoint, parse_model_name
+from open_clip.loss import SigLipLoss
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from nso_hf.clip.stream import Tokenizer, Transform
+from nso_hf.refusal import refusal
+
+_BLOCKS = ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block", "Bottleneck")
+"""Modules that are sharded and gathered as one."""
+
+CONFIG_NAME = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class ClipModel:
+    """A model and what is made to measure for it."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    train_transform: Transform
+    eval_transform: Transform
+    config: dict[str, Any]
+    """Its architecture, as open_clip's JSON files describe it."""
+
+    def write_config(self, folder: Path) -> None:
+        """With the weights in `folder`, what `open_clip.create_model_and_transforms(
+        "local-dir:FOLDER")` loads."""
+        preprocessing = dict(self.model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
+        preprocessing.pop("size", None)
+        config = {"model_cfg": self.config, "preprocess_cfg": preprocessing}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_clip(
+    name: str,
+    pretrained: str | None = None,
+    *,
+    image_size: int | None = None,
+    patch_dropout: float | None = None,
+    siglip: bool = False,
+    augmentation: Mapping[str, Any] | None = None,
+) -> ClipModel:
+    """A model of open_clip in float32.
+
+    Args:
+        name: of open_clip's models, or the path of a JSON file that describes one, or
+            'local-dir:FOLDER', 'hf-hub:ID'.
+        pretrained: a tag of open_clip's, or a file of weights; without it the weights are random.
+        image_size: other than the model's; position embeddings are interpolated.
+        siglip: with a bias of the logits, as the sigmoid loss needs.
+        augmentation: fields of `open_clip.AugmentationCfg`.
+
+    Raises:
+        ValueError: open_clip knows no such model, weights or augmentation, or it cannot be built.
+    """
+    name, config = _config(name)
+    if image_size is not None:
+        _check_image_size(image_size, config)
+    extra: dict[str, Any] = {"nonscalar_logit_scale": True}  # a scalar cannot be sharded
+    if siglip and "init_logit_bias" not in config:
+        extra |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    try:
+        augmentation_config = open_clip.AugmentationCfg(**(augmentation or {}))
+    except TypeError as error:
+        cure = "Use the fields of open_clip.AugmentationCfg, such as scale"
+        raise refusal("augmentation", augmentation, str(error), cure) from error
+    schema, _ = parse_model_name(name)
+    if pretrained is not None and schema is not None:
+        rule = f"the model {name} brings weights of its own"
+        raise refusal("pretrained", pretrained, rule, "Leave out one of the two")
+    if pretrained is not None and not Path(pretrained).is_file():
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained not in tags:
+            known = ", ".join(tags) or "none"
+            rule = f"neither a file nor a tag of {name} (tags: {known})"
+            raise refusal("pretrained", pretrained, rule, "Use one of these")
+    try:
+        with _quiet():
+            model = open_clip.create_model(
+                name,
+                pretrained,
+                force_image_size=image_size,
+                force_patch_dropout=patch_dropout,
+                output_dict=True,
+                **extra,
+            )
+    except (RuntimeError, ValueError, AssertionError, TypeError, KeyError) as error:
+        option = "model" if pretrained is None else "pretrained"
+        value = name if pretrained is None else pretrained
+        cure = "Check the configuration, and that these weights are of this model"
+        raise refusal(option, value, f"open_clip cannot build it ({error})", cure) from error
+    if siglip and model.logit_bias is None:
+        raise refusal("siglip", True, f"{name} has no bias of the logits", "Use another model")
+    blocks = {type(m).__name__ for m in model.modules()} & set(_BLOCKS)
+    model._no_split_modules = sorted(blocks)
+    preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
+    if image_size is not None:
+        config["vision_cfg"]["image_size"] = image_size
+    if siglip:
+        config.setdefault("init_logit_bias", -10.0)
+        config.setdefault("init_logit_scale", math.log(10))
+    return ClipModel(
+        model=model,
+        tokenizer=open_clip.get_tokenizer(name),
+        train_transform=image_transform_v2(preprocessing, True, aug_cfg=augmentation_config),
+        eval_transform=image_transform_v2(preprocessing, False),
+        config=config,
+    )
+
+
+def _config(name: str) -> tuple[str, dict[str, Any]]:
+    """The name open_clip knows the model by, and its architecture."""
+    path = Path(name)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise refusal("model", name, "no such file", "Give the path of a JSON file")
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise refusal("model", name, f"not JSON ({error})", "Write it as open_clip's") from error
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
+        if missing:
+            rule = f"has no {', '.join(sorted(missing))}"
+            raise refusal("model", name, rule, "Write it as open_clip's model_configs")
+        open_clip.add_model_config(path)
+        return path.stem, config
+    try:
+        known = get_model_config(name)
+    except OSError as error:
+        raise refusal("model", name, f"cannot be read ({error})", "Check the name") from error
+    if known is None:
+        from difflib import get_close_matches
+
+        near = ", ".join(get_close_matches(name, open_clip.list_models(), 3)) or "ViT-B-32"
+        cure = f"Use one of open_clip.list_models(), as {near}, or the path of a JSON file"
+        raise refusal("model", name, "open_clip has no such model", cure)
+    return name, known
+
+
+def _check_image_size(image_size: int, config: Mapping[str, Any]) -> None:
+    patch = config["vision_cfg"].get("patch_size")
+    if patch is not None and image_size % patch:
+        rule = f"not a multiple of the model's patches of {patch} pixels"
+        near = max(1, round(image_size / patch)) * patch
+        raise refusal("image_size", image_size, rule, f"Use {near}, or another multiple")
+
+
+def contrastive_loss(
+    model: nn.Module,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    local_loss: bool = True,
+    caption_weight: float = 2.0,
+    contrastive_weight: float = 1.0,
+) -> nn.Module:
+    """open_clip's loss for the outputs of `model`: sigmoid where it has a bias of the logits, with
+    the caption's where it has a decoder, else softmax.
+
+    With several processes it is of the features of all of them, and its gradient too: the mean over
+    processes of the losses has the gradient of the loss of the whole batch. `local_loss` computes
+    on each process the rows of the logits that are its own; otherwise each computes all of them.
+    """
+    options: dict[str, Any] = {"rank": process, "world_size": processes}
+    if isinstance(model, open_clip.CoCa):
+        return open_clip.CoCaLoss(
+            caption_loss_weight=caption_weight,
+            clip_loss_weight=contrastive_weight,
+            pad_id=model.pad_id,
+            local_loss=local_loss,
+            gather_with_grad=True,
+            **options,
+        )
+    if getattr(model, "logit_bias", None) is not None:
+        return SigLipLoss(dist_impl="gather", **options)
+    return open_clip.ClipLoss(local_loss=local_loss, gather_with_grad=True, **options)
+
+
+def loss_of(loss: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
+    """The scalar loss of a model's outputs, the sum of its parts."""
+    total: Tensor = sum(loss(**outputs, output_dict=True).values())  # type: ignore[assignment]
+    return total.squeeze()
+
+
+def image_features(model: nn.Module, image: Tensor) -> Tensor:
+    """Normalised features (n, D) of images (n, 3, H, W), by the model's own `forward`, which
+    gathers sharded weights."""
+    features: Tensor = model(image=image)["image_features"]
+    return features
+
+
+def text_features(model: nn.Module, text: Tensor, is_coca: bool, image_size: Any) -> Tensor:
+    """Normalised features (n, D) of texts (n, context length)."""
+    if not is_coca:
+        features: Tensor = model(text=text)["text_features"]
+        return features
+    # Its forward pass decodes the text against an image: any will do.
+    size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    blank = model(torch.zeros(1, 3, *size, device=text.device))
+    n = len(text)
+    outputs = model(
+        None,
+        text,
+        image_latent=blank["image_features"].expand(n, -1),
+        image_embs=blank["image_embs"].expand(n, -1, -1),
+    )
+    features = outputs["text_features"]
+    return features
+
+
+def lock(
+    model: nn.Module,
+    *,
+    image: bool = False,
+    unlocked_groups: int = 0,
+    freeze_bn_stats: bool = False,
+    text: bool = False,
+    unlocked_layers: int = 0,
+) -> None:
+    """Freeze the image tower but for its last groups of layers, or the text tower.
+
+    Raises:
+        ValueError: open_clip cannot freeze this tower in part.
+    """
+    towers = [
+        ("lock_image", image, "lock_image_tower", (unlocked_groups, freeze_bn_stats)),
+        ("lock_text", text, "lock_text_tower", (unlocked_layers,)),
+    ]
+    for option, wanted, method, arguments in towers:
+        if not wanted:
+            continue
+        try:
+            getattr(model, method)(*arguments)
+        except (AttributeError, AssertionError, NotImplementedError) as error:
+            rule = f"{type(model).__name__} cannot be locked so ({error})"
+            raise refusal(option, True, rule, "Freeze it whole, or not") from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put the weights that a checkpoint of any training holds into the model."""
+    load_checkpoint(model, str(path))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns on the root logger that weights are random, which was asked for."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,331 @@
+"""The Trainer for models of open_clip: its loss is of the whole batch of an optimizer step."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import CoCa
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from nso_hf import NSOConfig, NSOTrainer
+from nso_hf.backends import select
+from nso_hf.clip.evaluation import encode, retrieval
+from nso_hf.clip.models import ClipModel, contrastive_loss, loss_of
+from nso_hf.clip.pairs import Pairs
+from nso_hf.clip.stream import PairStream
+from nso_hf.refusal import refusal
+from nso_hf.side_effects import random_state_kept, running_statistics_kept
+
+MAX_LOGIT_SCALE = math.log(100)  # of the paper of CLIP, arXiv 2103.00020
+
+_LOGIT = r"\blogit_(scale|bias)$"
+_WITHOUT_DECAY = re.compile("bn|ln|bias|logit_scale")  # as open_clip, which adds all vectors
+_FEATURES = ("image_features", "text_features")
+
+
+@dataclass
+class CLIPConfig(NSOConfig):
+    """`NSOConfig` with the defaults of CLIP pretraining (arXiv 2306.08553, 2103.00020)."""
+
+    _argument_group_name = "training"
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "Of matrices; gains, biases and logit_scale have none."}
+    )
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "After the warm-up."})
+    per_device_train_batch_size: int = field(
+        default=128, metadata={"help": "Pairs of one process in a forward pass."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=128,
+        metadata={"help": "Pairs the validation loss is taken over, and encoded at a time."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Set it where parts of the model get no gradient."}
+    )
+    local_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Each process computes its own rows of the logits of the global batch; if "
+            "false, all of them. The gradient is the same."
+        },
+    )
+    perturb_logit_scale: bool = field(
+        default=False, metadata={"help": "Perturb logit_scale and logit_bias too."}
+    )
+    coca_caption_weight: float = field(
+        default=2.0, metadata={"help": "Weight of CoCa's caption loss."}
+    )
+    coca_contrastive_weight: float = field(
+        default=1.0, metadata={"help": "Weight of CoCa's contrastive loss."}
+    )
+
+    def __post_init__(self) -> None:
+        excluded = list(self.perturb_exclude or [])
+        if not self.perturb_logit_scale and _LOGIT not in excluded:
+            self.perturb_exclude = [*excluded, _LOGIT]
+        super().__post_init__()
+
+
+class CLIPTrainer(NSOTrainer):
+    """`NSOTrainer` for models of open_clip, whose `forward` has no loss of its own.
+
+    In training the loss is that of the global batch of an optimizer step: the pairs of all
+    processes and of all accumulated micro-batches are each other's negatives, at each evaluation
+    point of the method. The features of the other micro-batches are computed once for each point,
+    without gradient. Outside of training steps (curvature) it is the loss of the batch it is given.
+
+    After each step `logit_scale` is put back into [0, ln 100]; it is logged as
+    `clip/logit_scale`. Gains, biases and `logit_scale` have no weight decay.
+
+    Evaluation gives the mean loss over batches of `per_device_eval_batch_size` pairs, and retrieval
+    in both directions (see `retrieval`).
+
+    Args:
+        clip: the model and its transforms.
+        args: the options.
+        train_dataset: a `PairStream`, or anything with rows of `image` and `text` tensors.
+        eval_dataset: `Pairs`.
+
+    Raises:
+        ValueError: as `NSOTrainer`; or `sign` gives different weights to processes whose features
+            are compared.
+    """
+
+    def __init__(
+        self,
+        clip: ClipModel,
+        args: CLIPConfig,
+        train_dataset: Any = None,
+        eval_dataset: Pairs | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.clip = clip
+        if args.gradient_checkpointing:  # open_clip has its own
+            clip.model.set_grad_checkpointing()  # type: ignore[operator]
+        self._checkpoints_activations = args.gradient_checkpointing
+        args.gradient_checkpointing = False
+        super().__init__(
+            model=clip.model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            **kwargs,
+        )
+        if self.nso_args.sign == "alternate" and self.nso_backend.num_copies > 1:
+            rule = "the features of processes at W + U and at W - U would be compared"
+            raise refusal("sign", "alternate", rule, "Use sign='both', or shard the weights")
+        if not (isinstance(train_dataset, PairStream) or train_dataset is None):
+            if not args.dataloader_drop_last:
+                rule = "a smaller last batch, or one filled up with pairs it has, is another loss"
+                raise refusal("dataloader_drop_last", False, rule, "Set it to true")
+        options = {
+            "caption_weight": args.coca_caption_weight,
+            "contrastive_weight": args.coca_contrastive_weight,
+        }
+        self._loss_of_batch = contrastive_loss(clip.model, **options)
+        self._loss_of_global_batch = contrastive_loss(
+            clip.model,
+            process=args.process_index,
+            processes=args.world_size,
+            local_loss=args.local_loss,
+            **options,
+        )
+        self._logit_scale: Tensor | None = None
+        self._is_clamped = False
+        self._micro_batches: list[Any] = []
+        self._features: dict[Any, list[dict[str, Tensor]]] = {}
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        stream = self.train_dataset
+        if not isinstance(stream, PairStream):
+            return super().get_train_dataloader()
+        stream.batch_size = self._train_batch_size
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            stream,
+            batch_size=stream.batch_size,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        if isinstance(dataloader.dataset, PairStream):
+            return len(dataloader.dataset) * self.args.world_size
+        return int(super().num_examples(dataloader))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # `state.epoch` is the share of epochs that is over: what was begun of one is its fraction.
+        if isinstance(self.train_dataset, PairStream):
+            self.train_dataset.set_epoch(int(self.state.epoch or 0))
+        return super()._run_epoch(*args, **kwargs)
+
+    # Loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_clamped:
+            rule = "an optimizer that the Trainer does not make cannot keep logit_scale in bounds"
+            raise refusal("optimizer", "DeepSpeed's configuration", rule, "Remove it from there")
+        result = super().get_batch_samples(*args, **kwargs)
+        self._micro_batches, self._features = result[0], {}
+        return result
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(**inputs)
+        if self._nso_point is None:
+            loss = loss_of(self._loss_of_batch, outputs)
+        else:
+            self._logit_scale = outputs["logit_scale"].detach()
+            loss = loss_of(self._loss_of_global_batch, self._among_micro_batches(outputs))
+        return (loss, outputs) if return_outputs else loss
+
+    def _among_micro_batches(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs for this micro-batch, with the features of all of the step's, in order.
+
+        The gradient of the step is the sum over micro-batches of the gradients through the features
+        of each, where the Trainer takes their mean.
+        """
+        mine, number = self._nso_micro_batch - 1, len(self._micro_batches)
+        if number == 1:
+            return dict(outputs)
+        features = self._features_at_this_point(outputs, mine)
+        together = dict(outputs)
+        for name in _FEATURES:
+            own = outputs[name]
+            if own.requires_grad:
+                own.register_hook(lambda gradient: gradient * number)
+            parts = [f[name] for f in features[:mine]] + [own]
+            together[name] = torch.cat(parts + [f[name] for f in features[mine + 1 :]])
+        return together
+
+    def _features_at_this_point(
+        self, outputs: Mapping[str, Tensor], mine: int
+    ) -> Sequence[Mapping[str, Tensor]]:
+        assert self._nso_point is not None
+        point = (self._nso_point.displacement, self._nso_point.sign)
+        if point not in self._features:
+            module = self.nso_backend.module()
+            devices = {self.args.device}
+            # Random numbers go on where those of this micro-batch end, as they will when the
+            # following ones have their turn: their dropout masks will be the same.
+            with (
+                torch.no_grad(),
+                random_state_kept(devices),
+                running_statistics_kept(module),
+            ):
+                others = range(len(self._micro_batches))
+                self._features[point] = [
+                    {name: outputs[name].detach() for name in _FEATURES}
+                    if number == mine
+                    else self._encoded(module, self._micro_batches[number])
+                    for number in [*others[mine:], *others[:mine]]
+                ]
+            turn = len(others) - mine
+            found = self._features[point]
+            self._features[point] = found[turn:] + found[:turn]
+        return self._features[point]
+
+    def _encoded(self, module: nn.Module, batch: Any) -> dict[str, Tensor]:
+        inputs = self._prepare_inputs(batch)
+        outputs = module(**inputs)
+        return {name: outputs[name] for name in _FEATURES}
+
+    # Optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim >= 2 and not _WITHOUT_DECAY.search(name)
+        ]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        optimizer = super().create_optimizer(model)
+        if not self._is_clamped:
+            # A group of its own, since some back ends flatten groups into single tensors.
+            own_group(optimizer, self.clip.model if model is None else model, "logit_scale")
+            optimizer.register_step_post_hook(_clamp_logit_scale)
+            self._is_clamped = True
+        return optimizer
+
+    # Logs, evaluation, files
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._logit_scale is not None:
+            logs["clip/logit_scale"] = self._logit_scale.item()
+        super().log(logs, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        pairs = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if not isinstance(pairs, Pairs):
+            raise refusal("eval_dataset", type(pairs).__name__, "must be Pairs", "Use open_pairs")
+        return pairs
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        encoded = encode(
+            self.module,
+            self.clip,
+            dataloader,
+            self.accelerator,
+            batch_size=self.args.per_device_eval_batch_size,
+            workers=self.args.dataloader_num_workers,
+            loss=self._loss_of_batch,
+        )
+        metrics = {"loss": encoded.loss} | retrieval(encoded, self.args.device).metrics
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(None, None, named, len(encoded))  # type: ignore[arg-type]
+
+    @property
+    def module(self) -> nn.Module:
+        """What to call to encode, whichever way the weights are held."""
+        wrapped = self.model_wrapped if self.model_wrapped is not None else self.model
+        assert wrapped is not None
+        return select(self.accelerator, wrapped).module()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.clip.write_config(Path(output_dir or str(self.args.output_dir)))
+
+
+def own_group(optimizer: Optimizer, model: nn.Module, name: str) -> None:
+    """Move the parameter of this name into a group of its own, marked with its name."""
+    parameter = dict(model.named_parameters()).get(name)
+    for group in list(optimizer.param_groups):
+        others = [p for p in group["params"] if p is not parameter]
+        if len(others) < len(group["params"]):
+            group["params"] = others
+            options = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group({**options, "params": [parameter], name: True})
+
+
+@torch.no_grad()
+def _clamp_logit_scale(optimizer: Optimizer, *args: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("logit_scale"):
+            for parameter in group["params"]:
+                parameter.clamp_(0, MAX_LOGIT_SCALE)
+
+
+__all__ = ["CLIPConfig", "CLIPTrainer", "CoCa"]
