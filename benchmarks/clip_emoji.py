@@ -177,6 +177,7 @@ def main() -> None:
             shown = {name: round(figures[name], 2) for name in COLUMNS}
             print(f"seed {seed}, {way}: {shown}, {figures['seconds']:.0f} s", flush=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
+    results = {way: runs for way, runs in results.items() if runs}
     print(table(results))
     plot(results, options.output.with_suffix(".png"))
 

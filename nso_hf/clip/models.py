@@ -103,6 +103,10 @@ def load_clip(
         value = name if pretrained is None else pretrained
         cure = "Check the configuration, and that these weights are of this model"
         raise refusal(option, value, f"open_clip cannot build it ({error})", cure) from error
+    if isinstance(model, open_clip.CoCa) and pretrained is None and schema is None:
+        # open_clip 3.3 leaves it as the memory was; this is the deviation it means to give it.
+        projection = model.text_decoder.text_projection
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     if siglip and model.logit_bias is None:
         raise refusal("siglip", True, f"{name} has no bias of the logits", "Use another model")
     blocks = {type(m).__name__ for m in model.modules()} & set(_BLOCKS)
