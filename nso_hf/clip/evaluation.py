@@ -87,7 +87,7 @@ def encode(
     )
     rounds = -(-len(pairs) // (batch_size * accelerator.num_processes))
     loader = DataLoader(stream, batch_size=None, num_workers=workers)
-    size, context = _image_size(clip.model), getattr(clip.tokenizer, "context_length", 77)
+    size = _image_size(clip.model)
     hidden = not accelerator.is_local_main_process
     found: list[dict[str, Any]] = []
     was_training = model.training
@@ -98,7 +98,7 @@ def encode(
             image = torch.zeros(1, 3, *size) if is_empty else batch["image"]
             inputs = {"image": image.to(accelerator.device)}
             if loss is not None:
-                text = torch.zeros(1, context, dtype=torch.long) if is_empty else batch["text"]
+                text = clip.tokenizer(["nothing"]) if is_empty else batch["text"]
                 inputs["text"] = text.to(accelerator.device)
             outputs = model(**inputs)
             if is_empty:

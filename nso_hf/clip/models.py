@@ -109,8 +109,7 @@ def load_clip(
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     if siglip and model.logit_bias is None:
         raise refusal("siglip", True, f"{name} has no bias of the logits", "Use another model")
-    blocks = {type(m).__name__ for m in model.modules()} & set(_BLOCKS)
-    model._no_split_modules = sorted(blocks)
+    _answer_to_the_trainer(model)
     preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
@@ -124,6 +123,18 @@ def load_clip(
         eval_transform=image_transform_v2(preprocessing, False),
         config=config,
     )
+
+
+def _answer_to_the_trainer(model: nn.Module) -> None:
+    """What the Trainer asks of a model, by the names that models of transformers have for it."""
+
+    def enable(**kwargs: Any) -> None:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+
+    model.activation_checkpointing_enable = enable  # type: ignore[assignment]
+    model.gradient_checkpointing_enable = enable  # type: ignore[assignment]
+    blocks = {type(m).__name__ for m in model.modules()} & set(_BLOCKS)
+    model._no_split_modules = sorted(blocks)  # type: ignore[assignment]
 
 
 def _config(name: str) -> tuple[str, dict[str, Any]]:

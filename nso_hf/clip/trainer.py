@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import CoCa
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -111,10 +110,6 @@ class CLIPTrainer(NSOTrainer):
         **kwargs: Any,
     ) -> None:
         self.clip = clip
-        if args.gradient_checkpointing:  # open_clip has its own
-            clip.model.set_grad_checkpointing()  # type: ignore[operator]
-        self._checkpoints_activations = args.gradient_checkpointing
-        args.gradient_checkpointing = False
         super().__init__(
             model=clip.model,
             args=args,
@@ -326,6 +321,3 @@ def _clamp_logit_scale(optimizer: Optimizer, *args: Any) -> None:
         if group.get("logit_scale"):
             for parameter in group["params"]:
                 parameter.clamp_(0, MAX_LOGIT_SCALE)
-
-
-__all__ = ["CLIPConfig", "CLIPTrainer", "CoCa"]

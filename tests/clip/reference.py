@@ -2,12 +2,14 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.loss import SigLipLoss
+from PIL import Image
 from torch import Tensor, nn
 
 from nso_hf.clip.models import ClipModel, load_clip
@@ -63,7 +65,17 @@ def tiny_clip(kind: str = "clip", seed: int = 0, **options: Any) -> ClipModel:
         # Not a name that open_clip takes for one of its own models with a tokenizer from the hub.
         path = Path(folder) / f"tiny-{kind.replace('siglip', 'sigmoid')}.json"
         path.write_text(json.dumps(config))
-        return load_clip(str(path), siglip=kind == "siglip")
+        clip = load_clip(str(path), siglip=kind == "siglip")
+    return replace(clip, tokenizer=tokenize)
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    """Letters as tokens, the last of them the largest."""
+    rows = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
+    for row, text in zip(rows, texts, strict=True):
+        tokens = [1 + ord(letter) % (VOCABULARY - 2) for letter in text[: CONTEXT - 1]]
+        row[: len(tokens) + 1] = torch.tensor([*tokens, VOCABULARY - 1])
+    return rows
 
 
 def pair_data(pairs: int, seed: int = 1) -> list[dict[str, Tensor]]:
@@ -75,6 +87,19 @@ def pair_data(pairs: int, seed: int = 1) -> list[dict[str, Tensor]]:
     texts[torch.arange(CONTEXT) > ends[:, None]] = 0
     texts[torch.arange(pairs), ends] = VOCABULARY - 1
     return [{"image": i, "text": t} for i, t in zip(images, texts, strict=True)]
+
+
+def image_rows(rows: int) -> list[dict[str, Any]]:
+    """Images of one colour, with captions that differ."""
+    colours = [(23 * i % 256, 71 * i % 256, 149 * i % 256) for i in range(rows)]
+    return [
+        {
+            "image": Image.new("RGB", (IMAGE, IMAGE), colour),
+            "caption": f"{number} of a kind",
+            "label": ("even", "odd")[number % 2],
+        }
+        for number, colour in enumerate(colours)
+    ]
 
 
 def clip_config(output_dir: Any, **options: Any) -> CLIPConfig:

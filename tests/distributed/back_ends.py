@@ -106,7 +106,7 @@ def _master(parameter: nn.Parameter, copies: dict[int, Tensor]) -> Tensor:
 
         return safe_get_full_fp32_param(parameter).clone()
     with gathered(parameter) as whole:
-        return whole.float().clone()
+        return whole.clone() if whole.dtype == torch.float64 else whole.float().clone()
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

@@ -352,8 +352,49 @@ def watch(case, directory):
     return {**results, **facts(trainer)}
 
 
+def clip(case, directory):
+    """A model of open_clip trained on the global batch, then evaluated and measured."""
+    from nso_hf.clip.pairs import Fields, Table
+    from nso_hf.clip.trainer import CLIPTrainer
+    from tests.clip.reference import clip_config, image_rows, pair_data, tiny_clip
+
+    kind, dtype = case.pop("kind", "clip"), getattr(torch, case.pop("dtype", "float32"))
+    pairs = case.pop("pairs", 48)
+    back_end = dict(BACK_ENDS[case.pop("back_end")])
+    if "fsdp_config" in back_end:
+        layers = {"transformer_layer_cls_to_wrap": None}  # those that the model names
+        back_end["fsdp_config"] = {**back_end["fsdp_config"], **layers}
+    built = tiny_clip(kind)
+    built.model.to(dtype)
+    data = [{**row, "image": row["image"].to(dtype)} for row in pair_data(pairs)]
+    rows = Table("rows", image_rows(11), Fields("image", "caption", "label"), None)
+    args = clip_config(directory, **back_end, **case)
+    try:
+        trainer = CLIPTrainer(built, args, train_dataset=data, eval_dataset=rows)
+    except ValueError as error:
+        return {"refused": str(error)}
+    trainer.perturbed, trainer.computed_in = None, None
+    trainer.train()
+    wrapped = trainer.model_wrapped
+    model = trainer.accelerator.unwrap_model(wrapped)
+    batches = [trainer.data_collator(data[i : i + 8]) for i in (0, 8, 16)]
+    trace = hessian_trace(trainer, batches, num_samples=2)
+    log = trainer.state.log_history
+    result = {
+        "weights": masters(model, getattr(wrapped, "optimizer", None)),
+        "losses": [entry["loss"] for entry in log if "loss" in entry],
+        "norms": [entry.get("nso/perturbation_norm") for entry in log if "loss" in entry],
+        "trace": trace.samples,
+        **facts(trainer),
+    }
+    if dtype == torch.float32:
+        result["evaluation"] = trainer.evaluate()
+    return result
+
+
 EXPERIMENTS = {
     "train": train,
+    "clip": clip,
     "restore": restore,
     "noise": noise,
     "retrain": retrain,

@@ -1,0 +1,142 @@
+"""CLIP on two processes: the loss of the global batch, equal to that of one process."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.clip.reference import image_rows, pair_data, reference_clip, tiny_clip
+from tests.distributed.back_ends import assert_is
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+
+SIGMA, STEPS, RATE = 0.02, 3, 0.001  # the largest eigenvalue is about 400
+TWO = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+BASE = {
+    "experiment": "clip",
+    "sigma": SIGMA,
+    "learning_rate": RATE,
+    "per_device_train_batch_size": 4,
+}
+CASES = {
+    "clip": BASE,
+    "clip, at W": {**BASE, "sigma": 0.0},
+    "clip, at W + U": {**BASE, "two_sided": False},
+    "clip, accumulated": {**BASE, **TWO},
+    "clip, all logits": {**BASE, **TWO, "local_loss": False},
+    "clip, checkpointed": {**BASE, **TWO, "gradient_checkpointing": True},
+    "siglip": {**BASE, "kind": "siglip"},
+    "siglip, accumulated": {**BASE, **TWO, "kind": "siglip"},
+    "coca": {**BASE, "kind": "coca"},
+    "coca, accumulated": {**BASE, **TWO, "kind": "coca"},
+    "alternate": {**BASE, **TWO, "sign": "alternate"},
+}
+DOUBLE = {f"{name}, double": {**case, "dtype": "float64"} for name, case in CASES.items()}
+BACK_ENDS = ["ddp", "fsdp2", "zero2"]
+
+
+def cases_of(back_end):
+    """In float64, which DeepSpeed does not know; evaluation in float32."""
+    return CASES if back_end == "zero2" else {"clip": CASES["clip"], **DOUBLE}
+
+
+# float32: gradients reach 16 and are up to 3e-6 of that apart (tests/clip/test_loss.py), times a rate
+# of 0.001 and three steps, of which the later ones start where the earlier ones ended; the weights
+# move by 0.01. float64: roundings of 1e-16 in the same places.
+TOLERANCE = {"float32": 1e-6, "float64": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    @cache
+    def run_once(back_end):
+        cases = {name: {"back_end": back_end, **case} for name, case in cases_of(back_end).items()}
+        try:
+            directory = tmp_path_factory.mktemp("clip")
+            return launch(cases, directory, measured=back_end == "ddp")
+        except Exception as error:
+            return error
+
+    def results(back_end, name):
+        ranks = run_once(back_end)
+        if isinstance(ranks, Exception):
+            raise ranks
+        return [rank[name] for rank in ranks]
+
+    return results
+
+
+CELLS = [
+    pytest.param(back_end, name, id=f"{back_end}: {name}")
+    for back_end in BACK_ENDS
+    for name in cases_of(back_end)
+    if not name.startswith("alternate")
+]
+
+
+@pytest.mark.parametrize(("back_end", "name"), CELLS)
+def test_two_processes_train_as_open_clips_loss_on_the_whole_batch(run, back_end, name):
+    case = {**CASES, **DOUBLE}[name]
+    kind, dtype = case.get("kind", "clip"), case.get("dtype", "float32")
+    parts = 2 * case.get("gradient_accumulation_steps", 1)
+    model = tiny_clip(kind).model.to(getattr(torch, dtype))
+    start = [p.detach().clone() for p in model.parameters()]
+    signs = (0,) if not case["sigma"] else (1, -1) if case.get("two_sided", True) else (1,)
+    data = [{**row, "image": row["image"].to(getattr(torch, dtype))} for row in pair_data(48)]
+    losses, _ = reference_clip(
+        model,
+        kind,
+        data,
+        steps=STEPS,
+        global_batch=4 * parts,
+        sigma=SIGMA,
+        signs=signs,
+        learning_rate=RATE,
+        parts=parts,
+    )
+    expected = list(model.parameters())
+    assert max((a - b).abs().max().item() for a, b in zip(expected, start, strict=True)) > 5e-3
+    for rank in run(back_end, name):
+        assert_is(back_end, rank, processes=2)
+        assert rank["losses"] == pytest.approx(losses, abs=1e-6 if dtype == "float64" else 1e-5)
+        assert all((norm or 0) > 0 for norm in rank["norms"]) == (case["sigma"] > 0)
+        for p, e in zip(rank["weights"], expected, strict=True):
+            assert (p.view_as(e) - e).abs().max().item() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_alternating_signs_need_shared_weights(run, back_end):
+    for rank in run(back_end, "alternate" if back_end == "zero2" else "alternate, double"):
+        if back_end == "fsdp2":
+            assert_is(back_end, rank, processes=2)
+        else:
+            assert "sign='alternate': the features of processes at W + U" in rank["refused"]
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_evaluation_and_curvature_are_those_of_one_process(run, back_end, tmp_path):
+    from nso_hf.clip.pairs import Fields, Table
+    from nso_hf.clip.trainer import CLIPTrainer
+    from nso_hf.curvature import hessian_trace
+    from tests.clip.reference import clip_config
+
+    ranks = run(back_end, "clip")
+    clip = tiny_clip()
+    with torch.no_grad():
+        for p, w in zip(clip.model.parameters(), ranks[0]["weights"], strict=True):
+            p.copy_(w.view_as(p))
+    rows = Table("rows", image_rows(11), Fields("image", "caption", "label"), None)
+    data = pair_data(48)[:24]
+    trainer = CLIPTrainer(clip, clip_config(tmp_path), train_dataset=data, eval_dataset=rows)
+    expected = trainer.evaluate()
+    batches = [trainer.data_collator(data[i : i + 8]) for i in (0, 8, 16)]
+    trace = hessian_trace(trainer, batches, num_samples=2).samples
+    assert 1 < expected["eval_image_to_text_mean_rank"] < 11
+    for rank in ranks:
+        for name, value in expected.items():
+            if not name.endswith(("runtime", "per_second", "epoch")):
+                assert rank["evaluation"][name] == pytest.approx(value, rel=1e-5), name
+        # By differences of gradients where weights are sharded, in float32.
+        tolerance = 1e-3 if back_end == "fsdp2" else 1e-5
+        assert (rank["trace"] - trace).abs().max() <= tolerance * trace.abs().max()
