@@ -64,9 +64,7 @@ def run(way: str, seed: int, epochs: int, data: Path) -> dict[str, float]:
     shards = f"{data}/google.tar::{data}/twitter.tar"
     train = open_pairs(shards, Fields())
     test = open_pairs(f"{data}/openmoji.tar", Fields(label="group"))
-    stream = PairStream(
-        train, clip.train_transform, clip.tokenizer, batch_size=BATCH, seed=seed
-    )
+    stream = PairStream(train, clip.train_transform, clip.tokenizer, batch_size=BATCH, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         args = CLIPConfig(
             folder,
@@ -85,9 +83,7 @@ def run(way: str, seed: int, epochs: int, data: Path) -> dict[str, float]:
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        metrics = {
-            name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()
-        }
+        metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
         images = encode(
             trainer.module, clip, test, trainer.accelerator, batch_size=256, needs="label"
         )

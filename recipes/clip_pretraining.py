@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     set_seed(args.seed)
     if args.eval_strategy != "no" and data.eval_data is None:
-        raise refusal("eval_strategy", str(args.eval_strategy), "nothing to evaluate on", "Set --eval_data")
+        raise refusal(
+            "eval_strategy", str(args.eval_strategy), "nothing to evaluate on", "Set --eval_data"
+        )
     if evaluation.linear_probe and data.zero_shot_data is None:
         raise refusal("linear_probe", True, "needs images with classes", "Set --zero_shot_data")
     with args.main_process_first():
@@ -347,7 +350,9 @@ def main(argv: list[str] | None = None) -> None:
     is_first, output = trainer.is_world_process_zero(), Path(str(args.output_dir))
     if is_first:
         parameters = sum(p.numel() for p in clip.model.parameters())
-        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        batch = (
+            args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        )
         print(
             f"{type(clip.model).__name__} {model_options.model}, {parameters / 1e6:.1f}M parameters; "
             f"{len(train)} training pairs, global batch {batch}; "
@@ -369,9 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if held_out is not None:
         loss = contrastive_loss(clip.model)
-        encoded = encode(
-            trainer.module, clip, held_out, trainer.accelerator, loss=loss, **encoding
-        )
+        encoded = encode(trainer.module, clip, held_out, trainer.accelerator, loss=loss, **encoding)
         found = retrieval(encoded, args.device)
         texts, images = found.candidates
         results["validation_loss"] = encoded.loss
@@ -399,11 +402,12 @@ def main(argv: list[str] | None = None) -> None:
             results["linear_probe"] = asdict(linear_probe(with_class, classes))
     if evaluation.curvature:
         results["curvature"] = measure_curvature(trainer, train, evaluation)
-    opened = [pairs for pairs in (train, held_out, labelled) if pairs is not None]
-    counts = gather_object([pairs.skipped.counts for pairs in opened])
+    opened = {"training pairs, over all passes": train, "held-out pairs": held_out}
+    opened["images with classes"] = labelled
+    counts = gather_object([{n: p.skipped.counts for n, p in opened.items() if p is not None}])
     if not is_first:
         return
-    skipped = {kind: sum(count[kind] for count in counts) for kind in counts[0]}
+    skipped = {name: dict(sum((Counter(c[name]) for c in counts), Counter())) for name in counts[0]}
     results |= {
         "skipped": skipped,
         "train_seconds": round(train_seconds, 1),

@@ -90,6 +90,7 @@ def encode(
     size = _image_size(clip.model)
     hidden = not accelerator.is_local_main_process
     found: list[dict[str, Any]] = []
+    pairs.skipped.reset()
     was_training = model.training
     model.eval()
     try:
@@ -113,8 +114,7 @@ def encode(
         model.train(was_training)
     every = sorted(gather_object(found), key=lambda entry: entry["index"][0])
     if not every:
-        skipped = {kind: n for kind, n in pairs.skipped.counts.items() if n}
-        rule = f"nothing of it could be used (skipped: {skipped})"
+        rule = f"nothing of it could be used (skipped: {pairs.skipped.counts})"
         raise refusal("data", pairs.name, rule, "Check the files, columns and captions")
     named = [pair for entry in every for pair in entry["pair"]]
     sizes = np.array([len(entry["index"]) for entry in every])

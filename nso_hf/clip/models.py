@@ -146,7 +146,9 @@ def _config(name: str) -> tuple[str, dict[str, Any]]:
         try:
             config = json.loads(path.read_text())
         except ValueError as error:
-            raise refusal("model", name, f"not JSON ({error})", "Write it as open_clip's") from error
+            raise refusal(
+                "model", name, f"not JSON ({error})", "Write it as open_clip's"
+            ) from error
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
         if missing:
             rule = f"has no {', '.join(sorted(missing))}"

@@ -65,13 +65,11 @@ def _rows(size: int) -> list[dict[str, object]]:
         is_flag = 0x1F1E6 <= points[0] <= 0x1F1FF
         found.append((str(file), f"flag of {name}" if is_flag else name))
     concepts = sorted({_concept(caption) for _, caption in found})
-    held_out = set(concepts[:: _HELD_OUT])
+    held_out = set(concepts[::_HELD_OUT])
     return [
         {
             "image": bytes(
-                resvg_py.svg_to_bytes(
-                    svg_path=path, width=size, height=size, background="white"
-                )
+                resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, background="white")
             ),
             "caption": caption,
             "label": _kind(caption),

@@ -66,10 +66,16 @@ class Fields:
 
 
 class Skipped:
-    """How many images, captions and shards could not be used: one count for all workers of this
-    process, from the start of this run."""
+    """How often an image, caption or shard could not be used: one count for all workers of this
+    process."""
 
-    KINDS = ("unreadable images", "missing images", "missing captions", "broken shards")
+    KINDS = (
+        "unreadable images",
+        "missing images",
+        "missing captions",
+        "missing labels",
+        "broken shards",
+    )
 
     def __init__(self) -> None:
         self._counts = {kind: multiprocessing.Value("q", 0) for kind in self.KINDS}
@@ -83,9 +89,15 @@ class Skipped:
         if is_first:
             logger.warning(f"Skipped, with any further {kind}: {what}")
 
+    def reset(self) -> None:
+        """Count from zero."""
+        for count in self._counts.values():
+            count.value = 0
+
     @property
     def counts(self) -> dict[str, int]:
-        return {kind: int(count.value) for kind, count in self._counts.items()}
+        """Kind -> how often, of those that occurred."""
+        return {kind: int(count.value) for kind, count in self._counts.items() if count.value}
 
 
 class Pairs(ABC):

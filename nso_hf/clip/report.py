@@ -24,17 +24,30 @@ def print_results(results: Mapping[str, Any], output: Path, files: Sequence[str]
         size = f"{retrieval['images']} images, {retrieval['texts']} captions"
         table = Table(title=f"Retrieval among {size}")
         for column in ("direction", *_MEASURES):
-            table.add_column(column.replace("_", " "), justify="right" if column in _MEASURES else "left")
+            table.add_column(
+                column.replace("_", " "), justify="right" if column in _MEASURES else "left"
+            )
         for direction, title in _DIRECTIONS.items():
             for label, figures in [("", retrieval["metrics"]), (", chance", retrieval["chance"])]:
-                cells = [_cell(measure, figures.get(f"{direction}_{measure}")) for measure in _MEASURES]
+                cells = [
+                    _cell(measure, figures.get(f"{direction}_{measure}")) for measure in _MEASURES
+                ]
                 table.add_row(title + label, *cells)
         console.print(table)
     kinds = {"zero_shot": "zero-shot", "linear_probe": "linear probe, two folds"}
     measured = {name: title for name, title in kinds.items() if results.get(name)}
     if measured:
         table = Table(title="Classification")
-        for column in ("", "images", "classes", "top-1", "top-5", "mean per class", "chance", "largest class"):
+        for column in (
+            "",
+            "images",
+            "classes",
+            "top-1",
+            "top-5",
+            "mean per class",
+            "chance",
+            "largest class",
+        ):
             table.add_column(column, justify="right" if column else "left")
         for name, title in measured.items():
             c = results[name]
@@ -61,9 +74,10 @@ def print_results(results: Mapping[str, Any], output: Path, files: Sequence[str]
                 f"{c['lambda_max']:.4g} ± {c['lambda_max_residual']:.2g}",
             )
         console.print(table)
-    skipped = {kind: n for kind, n in results["skipped"].items() if n}
-    if skipped:
-        console.print("Skipped: " + ", ".join(f"{n} {kind}" for kind, n in skipped.items()))
+    for collection, skipped in results["skipped"].items():
+        if skipped:
+            counts = ", ".join(f"{n} {kind}" for kind, n in skipped.items())
+            console.print(f"Skipped of the {collection}: {counts}")
     console.print("Written: " + ", ".join(str(output / name) for name in files), soft_wrap=True)
 
 
@@ -89,8 +103,12 @@ def plot_retrieval(
     wanted = {encoded.index[number] for numbers in ranked.values() for number in numbers}
     images = {i: read_image(pair.image) for i, pair in enumerate(pairs) if i in wanted}
     figure, axes = plt.subplots(
-        len(rows), found + 1, figsize=(1.3 * (found + 2), 1.3 * len(rows)), squeeze=False,
-        gridspec_kw={"width_ratios": [2.2] + [1] * found}, layout="constrained",
+        len(rows),
+        found + 1,
+        figsize=(1.3 * (found + 2), 1.3 * len(rows)),
+        squeeze=False,
+        gridspec_kw={"width_ratios": [2.2] + [1] * found},
+        layout="constrained",
     )
     for axis in axes.flat:
         axis.set_xticks([])

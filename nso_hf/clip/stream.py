@@ -84,8 +84,7 @@ class PairStream(IterableDataset[dict[str, Tensor]]):
             if left == 0:
                 return
             if left == before:
-                skipped = {kind: n for kind, n in self.pairs.skipped.counts.items() if n}
-                rule = f"no pair of a whole pass could be used (skipped: {skipped})"
+                rule = f"no pair of a pass could be used (skipped: {self.pairs.skipped.counts})"
                 raise refusal("train_data", self.pairs.name, rule, "Check the files")
 
     def _example(self, pair: Pair, image: Image.Image, seed: str) -> dict[str, Tensor]:
@@ -108,7 +107,7 @@ def usable(pair: Pair, pairs: Pairs, needs: str = "caption") -> Image.Image | No
         return None
     text = getattr(pair, needs)
     if text is None or not text.strip():
-        skipped.add("missing captions", pair.key)
+        skipped.add(f"missing {needs}s", pair.key)
         return None
     try:
         return read_image(pair.image)

@@ -195,5 +195,6 @@ def test_outside_of_training_the_loss_is_of_the_batch(tmp_path):
     batch = trainer.data_collator(pair_data(4))
     clip.model.eval()
     expected = open_clip.ClipLoss()(**clip.model(**batch))
-    assert trainer.compute_loss(clip.model, batch).item() == pytest.approx(expected.item(), abs=1e-6)
-
+    assert trainer.compute_loss(clip.model, batch).item() == pytest.approx(
+        expected.item(), abs=1e-6
+    )
