@@ -1,6 +1,6 @@
 """Does NSO help contrastive pretraining? Emoji of two styles, tested on a third.
 
-    python -m benchmarks.clip_emoji --data FOLDER [--seeds 3] [--epochs 20] [--output docs/clip_emoji]
+    python -m benchmarks.clip_emoji --data FOLDER [--seeds 0 1 2] [--epochs 12] [--output PATH]
 
 A small CLIP learns the emoji of Google and Twitter with their names and tags (FOLDER/google.tar,
 FOLDER/twitter.tar, 3.8k pairs) and is tested on the same concepts drawn in the style of OpenMoji
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the three shards")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--output", type=Path, default=Path("docs/clip_emoji"))
     options = parser.parse_args()

@@ -2,10 +2,11 @@ r"""Pretrain a model of open_clip on image-caption pairs with Noise Stability Op
 
     python recipes/clip_pretraining.py --config recipes/configs/demo_clip.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/clip_pretraining.py \
-        --config recipes/configs/cc3m.yaml --train_data 'cc3m/{00000..00331}.tar' --output_dir runs/cc3m
+        --config recipes/configs/cc3m.yaml --train_data 'cc3m/{00000..00331}.tar' \
+        --output_dir runs/cc3m
 
 The loss is that of the global batch: the pairs of all processes and accumulated micro-batches. The
-model is evaluated by retrieval among held-out pairs (during training too, with --eval_strategy) and,
+model is evaluated by retrieval among held-out pairs (with --eval_strategy during training too) and,
 after training, by zero-shot classification and a linear probe. The output folder is one that
 open_clip loads. Everything of `TrainingArguments` is an option too.
 """
@@ -322,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     if args.eval_strategy != "no" and data.eval_data is None:
         raise refusal(
-            "eval_strategy", str(args.eval_strategy), "nothing to evaluate on", "Set --eval_data"
+            "eval_strategy", args.eval_strategy.value, "nothing to evaluate on", "Set --eval_data"
         )
     if evaluation.linear_probe and data.zero_shot_data is None:
         raise refusal("linear_probe", True, "needs images with classes", "Set --zero_shot_data")
@@ -337,6 +338,7 @@ def main(argv: list[str] | None = None) -> None:
             classes = class_names(labelled.labels(), data.zero_shot_data)
     names = evaluation.names(classes)
     clip = model_options.load(data.augmentation if isinstance(data.augmentation, dict) else None)
+    clip.check_tokens()
     stream = PairStream(
         train,
         clip.train_transform,
@@ -346,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
         process=args.process_index,
         processes=args.world_size,
     )
+    stream.check()
     trainer = CLIPTrainer(clip, args, train_dataset=stream, eval_dataset=held_out)
     is_first, output = trainer.is_world_process_zero(), Path(str(args.output_dir))
     if is_first:
@@ -354,7 +357,8 @@ def main(argv: list[str] | None = None) -> None:
             args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         )
         print(
-            f"{type(clip.model).__name__} {model_options.model}, {parameters / 1e6:.1f}M parameters; "
+            f"{type(clip.model).__name__} {model_options.model}, "
+            f"{parameters / 1e6:.1f}M parameters; "
             f"{len(train)} training pairs, global batch {batch}; "
             f"{len(held_out) if held_out else 0} held-out pairs, {len(classes)} classes",
             flush=True,

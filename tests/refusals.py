@@ -3,14 +3,17 @@ docs/refusals.md."""
 
 import contextlib
 import io
+import json
 import os
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
+import safetensors.torch
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin, DistributedType
@@ -369,7 +372,119 @@ RECIPE: dict[str, Callable[[Path], object]] = {
 }
 
 
-SECTIONS = {"Library": LIBRARY, "Curvature": CURVATURE, "Recipe": RECIPE}
+def clip_recipe(
+    *flags: str, write: dict[str, str | bytes] | None = None
+) -> Callable[[Path], object]:
+    """The CLIP recipe on four shards of tiny images and a tiny model, with other flags."""
+
+    def run(folder: Path) -> object:
+        from recipes.clip_pretraining import main
+        from tests.clip.test_pairs import shards
+
+        (folder / "model.json").write_text(json.dumps(SMALL_CLIP))
+        urls = shards(folder, [6, 6])
+        for name, content in (write or {}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            data = content if isinstance(content, bytes) else content.encode()
+            (folder / name).write_bytes(data)
+        base = ["--model", "{folder}/model.json", "--train_data", urls]
+        base += ["--output_dir", "{folder}/out", "--use_cpu", "true", "--report_to", "none"]
+        base += ["--max_steps", "1", "--per_device_train_batch_size", "4"]
+        return main([*(f.replace("{folder}", str(folder)) for f in [*base, *flags])])
+
+    return run
+
+
+SMALL_CLIP: dict[str, Any] = {
+    "embed_dim": 8,
+    "vision_cfg": {
+        "image_size": 16,
+        "layers": 1,
+        "width": 8,
+        "head_width": 8,
+        "patch_size": 8,
+    },
+    "text_cfg": {
+        "context_length": 8,
+        "vocab_size": 49408,
+        "width": 8,
+        "heads": 1,
+        "layers": 1,
+    },
+}
+
+CLIP: dict[str, Callable[[Path], object]] = {
+    "no such open_clip model": clip_recipe("--model", "ViT-S-61"),
+    "no such model file": clip_recipe("--model", "{folder}/none.json"),
+    "model file that is no JSON": clip_recipe("--model", "{folder}/m.json", write={"m.json": "{"}),
+    "model file without a text model": clip_recipe(
+        "--model", "{folder}/m.json", write={"m.json": '{"embed_dim": 8, "vision_cfg": {}}'}
+    ),
+    "model that cannot be built": clip_recipe(
+        "--model",
+        "{folder}/m.json",
+        write={"m.json": json.dumps({**SMALL_CLIP, "vision_cfg": {"width": "wide"}})},
+    ),
+    "vocabulary smaller than the tokenizer's": clip_recipe(
+        "--model",
+        "{folder}/m.json",
+        write={
+            "m.json": json.dumps(
+                {**SMALL_CLIP, "text_cfg": {**SMALL_CLIP["text_cfg"], "vocab_size": 99}}
+            )
+        },
+    ),
+    "no such weights": clip_recipe("--pretrained", "laion"),
+    "weights of another model": clip_recipe(
+        "--model",
+        "ViT-S-16",
+        "--pretrained",
+        "{folder}/w.safetensors",
+        write={"w.safetensors": safetensors.torch.save({"logit_scale": torch.ones(())})},
+    ),
+    "image size no multiple of the patches": clip_recipe("--image_size", "20"),
+    "augmentation that open_clip has not": clip_recipe("--augmentation", '{"crop": 0.5}'),
+    "augmentation that is no JSON": clip_recipe("--augmentation", "scale=0.5"),
+    "patch dropout of 1": clip_recipe("--patch_dropout", "1.0"),
+    "unlocked groups of a trained tower": clip_recipe("--lock_image_unlocked_groups", "2"),
+    "missing shards": clip_recipe("--train_data", "{folder}/s-{000..009}.tar"),
+    "no such CSV file": clip_recipe("--train_data", "{folder}/none.csv"),
+    "CSV file without the column": clip_recipe(
+        "--train_data", "{folder}/p.csv", write={"p.csv": "image\ttext\na.png\ta\n"}
+    ),
+    "no such data set on the hub": clip_recipe("--train_data", "nobody/nothing"),
+    "no shard can be read": clip_recipe(
+        "--train_data", "{folder}/b.tar", "--train_num_pairs", "8", write={"b.tar": b"x" * 2000}
+    ),
+    "fewer pairs than a batch": clip_recipe("--per_device_train_batch_size", "64"),
+    "images of one class": clip_recipe(
+        "--zero_shot_data", "{folder}/s-000.tar", "--label_column", "style"
+    ),
+    "class without a name": clip_recipe(
+        "--zero_shot_data",
+        "{folder}/s-000.tar",
+        "--label_column",
+        "kind",
+        "--class_names",
+        "{folder}/n.json",
+        write={"n.json": '{"even": "an even number"}'},
+    ),
+    "no such templates": clip_recipe("--templates", "imagenet"),
+    "template without a place": clip_recipe(
+        "--templates", "{folder}/t.txt", write={"t.txt": "a photo of\n"}
+    ),
+    "probe without classes": clip_recipe("--linear_probe", "true"),
+    "evaluation without pairs": clip_recipe("--eval_strategy", "steps"),
+    "no batches for curvature": clip_recipe("--curvature_batches", "0"),
+    "folder of another run": clip_recipe(write={"out/results.json": "{}"}),
+}
+
+SECTIONS = {
+    "Library": LIBRARY,
+    "Curvature": CURVATURE,
+    "Chain-of-thought recipe": RECIPE,
+    "CLIP recipe": CLIP,
+}
 
 
 def message(case: Callable[[Path], object]) -> str:

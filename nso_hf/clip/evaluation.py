@@ -1,6 +1,6 @@
 """What a contrastive model knows: retrieval, zero-shot classification, a linear probe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from nso_hf.clip.models import ClipModel, image_features, loss_of, text_features
+from nso_hf.clip.models import ClipModel, loss_of, text_features
 from nso_hf.clip.pairs import Pairs
 from nso_hf.clip.stream import EvaluationStream
 from nso_hf.refusal import refusal
@@ -132,7 +132,7 @@ def encode(
 
 def _image_size(model: nn.Module) -> tuple[int, int]:
     size: Any = model.visual.image_size  # type: ignore[union-attr]
-    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)  # type: ignore[return-value]
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,10 @@ def class_names(labels: Sequence[str | None], name: str) -> list[str]:
     """
     classes = sorted({label for label in labels if label is not None})
     if len(classes) < 2:
-        rule = f"has {len(classes)} class ({', '.join(classes)}): nothing is to be told apart"
-        raise refusal("labels", name, rule, "Use images of two classes or more")
+        found = f"the one class {classes[0]}" if classes else "no class"
+        rule = f"its images have {found}: nothing is to be told apart"
+        cure = "Use images of two classes or more, or name another column"
+        raise refusal("labels", name, rule, cure)
     return classes
 
 
@@ -361,8 +363,3 @@ def best_images(encoded: Encoded, query: int, number: int) -> list[int]:
     assert encoded.texts is not None
     scores = encoded.images @ encoded.texts[query]
     return scores.topk(min(number, len(scores))).indices.tolist()
-
-
-def share_of(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """The entries of one direction, without its name."""
-    return {k.removeprefix(prefix + "_"): v for k, v in metrics.items() if k.startswith(prefix)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import get_model_config, load_checkpoint, parse_model_name
+from open_clip.factory import get_model_config, parse_model_name
 from open_clip.loss import SigLipLoss
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
@@ -35,6 +35,17 @@ class ClipModel:
     eval_transform: Transform
     config: dict[str, Any]
     """Its architecture, as open_clip's JSON files describe it."""
+
+    def check_tokens(self) -> None:
+        """
+        Raises:
+            ValueError: the tokenizer has more tokens than the text model.
+        """
+        highest = int(self.tokenizer(["a"]).max())
+        size = self.config["text_cfg"].get("vocab_size")
+        if size is not None and highest >= size:
+            rule = f"the tokenizer's tokens go up to {highest}"
+            raise refusal("vocab_size", size, rule, f"Set it to {highest + 1} or more in the model")
 
     def write_config(self, folder: Path) -> None:
         """With the weights in `folder`, what `open_clip.create_model_and_transforms(
@@ -193,8 +204,9 @@ def contrastive_loss(
     on each process the rows of the logits that are its own; otherwise each computes all of them.
     """
     options: dict[str, Any] = {"rank": process, "world_size": processes}
+    loss: nn.Module
     if isinstance(model, open_clip.CoCa):
-        return open_clip.CoCaLoss(
+        loss = open_clip.CoCaLoss(
             caption_loss_weight=caption_weight,
             clip_loss_weight=contrastive_weight,
             pad_id=model.pad_id,
@@ -202,14 +214,16 @@ def contrastive_loss(
             gather_with_grad=True,
             **options,
         )
-    if getattr(model, "logit_bias", None) is not None:
-        return SigLipLoss(dist_impl="gather", **options)
-    return open_clip.ClipLoss(local_loss=local_loss, gather_with_grad=True, **options)
+    elif getattr(model, "logit_bias", None) is not None:
+        loss = SigLipLoss(dist_impl="gather", **options)
+    else:
+        loss = open_clip.ClipLoss(local_loss=local_loss, gather_with_grad=True, **options)
+    return loss
 
 
 def loss_of(loss: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
     """The scalar loss of a model's outputs, the sum of its parts."""
-    total: Tensor = sum(loss(**outputs, output_dict=True).values())  # type: ignore[assignment]
+    total: Tensor = sum(loss(**outputs, output_dict=True).values())
     return total.squeeze()
 
 
@@ -265,11 +279,6 @@ def lock(
         except (AttributeError, AssertionError, NotImplementedError) as error:
             rule = f"{type(model).__name__} cannot be locked so ({error})"
             raise refusal(option, True, rule, "Freeze it whole, or not") from error
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Put the weights that a checkpoint of any training holds into the model."""
-    load_checkpoint(model, str(path))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from nso_hf.refusal import refusal
 
 _KINDS = {
     "flag": r"^flag of ",
-    "clock": r"o’clock|-thirty",
+    "clock": r"o.clock|-thirty",
     "family": r"\bfamily\b|\bkiss\b|\bcouple\b",
     "face": r"\bface\b",
     "hand": r"\bhands?\b|\bfist\b|\bindex\b",

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from nso_hf.refusal import refusal
+from nso_hf.refusal import Refusal, refusal
 
 logger = logging.get_logger(__name__)
 
@@ -341,17 +341,15 @@ def _open_table(
     path, folder = Path(data), None
     defaults = Fields("image", "text", None)
     if path.suffix in (".csv", ".tsv"):
-        separator = "\t" if path.suffix == ".tsv" else csv_separator
-        rows = datasets.load_dataset(
-            "csv", data_files=data, delimiter=separator, split="train", keep_default_na=True
-        )
         defaults, folder = Fields("filepath", "title", None), path.parent
-    elif path.is_dir() and (path / "dataset_info.json").exists():
-        rows = datasets.load_from_disk(data)
-    elif path.is_dir():
-        rows = _image_folder(path, split)
-    else:
-        rows = datasets.load_dataset(data, config, split=split)
+    try:
+        rows = _rows(path, data, split, config, csv_separator)
+    except Exception as error:  # not there, no network, no such split, no table: of many kinds
+        if isinstance(error, Refusal):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        cure = "Check the path or id, the split and the network"
+        raise refusal("data", data, reason, cure) from error
     fields = Fields(
         fields.image or defaults.image, fields.caption or defaults.caption, fields.label
     )
@@ -375,6 +373,19 @@ def _open_table(
         cure = "Write one row for each caption, or name another column"
         raise refusal("caption_column", fields.caption, "holds lists", cure)
     return Table(data, rows, fields, folder)
+
+
+def _rows(path: Path, data: str, split: str, config: str | None, csv_separator: str) -> Any:
+    import datasets
+
+    if path.suffix in (".csv", ".tsv"):
+        separator = "\t" if path.suffix == ".tsv" else csv_separator
+        return datasets.load_dataset("csv", data_files=data, delimiter=separator, split="train")
+    if path.is_dir() and (path / "dataset_info.json").exists():
+        return datasets.load_from_disk(data)
+    if path.is_dir():
+        return _image_folder(path, split)
+    return datasets.load_dataset(data, config, split=split)
 
 
 def _image_folder(path: Path, split: str) -> Any:

@@ -3,77 +3,30 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nso_hf.clip.evaluation import Encoded, best_images
+from nso_hf.clip.evaluation import RECALLS, Encoded, best_images
 from nso_hf.clip.pairs import Pairs, read_image
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 _DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
-_MEASURES = ("recall@1", "recall@5", "recall@10", "mean_rank", "median_rank")
 
 
 def print_results(results: Mapping[str, Any], output: Path, files: Sequence[str]) -> None:
     """Print retrieval, classification and curvature, as far as they were measured, and where the
     files are."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    retrieval = results.get("retrieval")
-    if retrieval:
-        size = f"{retrieval['images']} images, {retrieval['texts']} captions"
-        table = Table(title=f"Retrieval among {size}")
-        for column in ("direction", *_MEASURES):
-            table.add_column(
-                column.replace("_", " "), justify="right" if column in _MEASURES else "left"
-            )
-        for direction, title in _DIRECTIONS.items():
-            for label, figures in [("", retrieval["metrics"]), (", chance", retrieval["chance"])]:
-                cells = [
-                    _cell(measure, figures.get(f"{direction}_{measure}")) for measure in _MEASURES
-                ]
-                table.add_row(title + label, *cells)
-        console.print(table)
-    kinds = {"zero_shot": "zero-shot", "linear_probe": "linear probe, two folds"}
-    measured = {name: title for name, title in kinds.items() if results.get(name)}
-    if measured:
-        table = Table(title="Classification")
-        for column in (
-            "",
-            "images",
-            "classes",
-            "top-1",
-            "top-5",
-            "mean per class",
-            "chance",
-            "largest class",
-        ):
-            table.add_column(column, justify="right" if column else "left")
-        for name, title in measured.items():
-            c = results[name]
-            top5 = "" if c["top5"] is None else f"{c['top5']:.1%}"
-            table.add_row(
-                title,
-                str(c["images"]),
-                str(c["classes"]),
-                f"{c['top1']:.1%} ± {c['stderr']:.1%}",
-                top5,
-                f"{c['mean_per_class']:.1%}",
-                f"{c['chance']:.1%}",
-                f"{c['majority']:.1%}",
-            )
-        console.print(table)
+    if results.get("retrieval"):
+        console.print(_retrieval(results["retrieval"]))
+    kinds = {"zero-shot": results.get("zero_shot"), "linear probe": results.get("linear_probe")}
+    if any(kinds.values()):
+        console.print(_classification({name: c for name, c in kinds.items() if c}))
     if results.get("curvature"):
-        table = Table(title="Hessian of the training loss")
-        for column in ("weights", "trace", "largest eigenvalue"):
-            table.add_column(column, justify="left" if column == "weights" else "right")
-        for name, c in results["curvature"].items():
-            table.add_row(
-                name,
-                f"{c['trace']:.4g} ± {c['trace_stderr']:.2g}",
-                f"{c['lambda_max']:.4g} ± {c['lambda_max_residual']:.2g}",
-            )
-        console.print(table)
+        console.print(_curvature(results["curvature"]))
     for collection, skipped in results["skipped"].items():
         if skipped:
             counts = ", ".join(f"{n} {kind}" for kind, n in skipped.items())
@@ -81,10 +34,46 @@ def print_results(results: Mapping[str, Any], output: Path, files: Sequence[str]
     console.print("Written: " + ", ".join(str(output / name) for name in files), soft_wrap=True)
 
 
-def _cell(measure: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1%}" if measure.startswith("recall") else f"{value:.1f}"
+def _table(title: str, columns: Sequence[str]) -> "Table":
+    """A table whose first column is of words, the others of figures."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _retrieval(retrieval: Mapping[str, Any]) -> "Table":
+    title = f"Retrieval among {retrieval['images']} images, {retrieval['texts']} captions"
+    table = _table(title, ["", "R@1", "R@5", "R@10", "mean rank", "median"])
+    for direction, name in _DIRECTIONS.items():
+        for suffix, figures in [("", retrieval["metrics"]), (", chance", retrieval["chance"])]:
+            recalls = [f"{figures[f'{direction}_recall@{k}']:.1%}" for k in RECALLS]
+            ranks = [figures.get(f"{direction}_{kind}_rank") for kind in ("mean", "median")]
+            cells = ["" if rank is None else f"{rank:.1f}" for rank in ranks]
+            table.add_row(name + suffix, *recalls, *cells)
+    return table
+
+
+def _classification(kinds: Mapping[str, Mapping[str, Any]]) -> "Table":
+    images = " and ".join(dict.fromkeys(str(c["images"]) for c in kinds.values()))
+    number = next(iter(kinds.values()))["classes"]
+    columns = ["", "top-1", "top-5", "mean of classes", "chance", "largest class"]
+    table = _table(f"Classification of {images} images, {number} classes", columns)
+    for name, c in kinds.items():
+        shares = [c[key] for key in ("top5", "mean_per_class", "chance", "majority")]
+        cells = ["" if share is None else f"{share:.1%}" for share in shares]
+        table.add_row(name, f"{c['top1']:.1%} ± {c['stderr']:.1%}", *cells)
+    return table
+
+
+def _curvature(towers: Mapping[str, Mapping[str, float]]) -> "Table":
+    table = _table("Hessian of the training loss", ["weights", "trace", "largest eigenvalue"])
+    for name, c in towers.items():
+        trace = f"{c['trace']:.4g} ± {c['trace_stderr']:.2g}"
+        table.add_row(name, trace, f"{c['lambda_max']:.4g} ± {c['lambda_max_residual']:.2g}")
+    return table
 
 
 def plot_retrieval(

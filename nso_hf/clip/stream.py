@@ -1,4 +1,4 @@
-"""Pairs on their way into batches: shuffled, dealt, decoded, augmented, and left out if unusable."""
+"""Pairs on their way into batches: dealt, shuffled, decoded, augmented, or left out."""
 
 import random
 import zlib
@@ -64,6 +64,14 @@ class PairStream(IterableDataset[dict[str, Tensor]]):
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration is of."""
         self._epoch.fill_(epoch)
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: not one of the pairs can be used.
+        """
+        next(iter(self))
+        self.pairs.skipped.reset()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         info = get_worker_info()

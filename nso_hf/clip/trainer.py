@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nso_hf import NSOConfig, NSOTrainer
@@ -76,6 +77,19 @@ class CLIPConfig(NSOConfig):
         super().__post_init__()
 
 
+class _Epoch(TrainerCallback):
+    """Tells a stream which epoch begins, or goes on after a checkpoint."""
+
+    def __init__(self, stream: PairStream) -> None:
+        self._stream = stream
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # How many epochs are over; of the one that was begun, a fraction.
+        self._stream.set_epoch(int(state.epoch or 0))
+
+
 class CLIPTrainer(NSOTrainer):
     """`NSOTrainer` for models of open_clip, whose `forward` has no loss of its own.
 
@@ -114,17 +128,19 @@ class CLIPTrainer(NSOTrainer):
             model=clip.model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,
             **kwargs,
         )
         if self.nso_args.sign == "alternate" and self.nso_backend.num_copies > 1:
             rule = "the features of processes at W + U and at W - U would be compared"
             raise refusal("sign", "alternate", rule, "Use sign='both', or shard the weights")
-        if not (isinstance(train_dataset, PairStream) or train_dataset is None):
-            if not args.dataloader_drop_last:
-                rule = "a smaller last batch, or one filled up with pairs it has, is another loss"
-                raise refusal("dataloader_drop_last", False, rule, "Set it to true")
-        options = {
+        has_own_batches = train_dataset is not None and not isinstance(train_dataset, PairStream)
+        if has_own_batches and not args.dataloader_drop_last:
+            rule = "a smaller last batch, or one filled up with pairs it has, is another loss"
+            raise refusal("dataloader_drop_last", False, rule, "Set it to true")
+        if isinstance(train_dataset, PairStream):
+            self.add_callback(_Epoch(train_dataset))
+        options: dict[str, Any] = {
             "caption_weight": args.coca_caption_weight,
             "contrastive_weight": args.coca_contrastive_weight,
         }
@@ -156,25 +172,23 @@ class CLIPTrainer(NSOTrainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            # Or it would draw from the global one, more often in a run that goes on.
+            generator=torch.Generator(),
         )
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         if isinstance(dataloader.dataset, PairStream):
-            return len(dataloader.dataset) * self.args.world_size
-        return int(super().num_examples(dataloader))
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        # `state.epoch` is the share of epochs that is over: what was begun of one is its fraction.
-        if isinstance(self.train_dataset, PairStream):
-            self.train_dataset.set_epoch(int(self.state.epoch or 0))
-        return super()._run_epoch(*args, **kwargs)
+            return len(dataloader.dataset) * int(self.args.world_size)
+        number: int = super().num_examples(dataloader)
+        return number
 
     # Loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_clamped:
-            rule = "an optimizer that the Trainer does not make cannot keep logit_scale in bounds"
-            raise refusal("optimizer", "DeepSpeed's configuration", rule, "Remove it from there")
+            rule = "one that the Trainer does not make would not keep logit_scale in bounds"
+            cure = "Leave it out of the back end's configuration, and set --optim"
+            raise refusal("optimizer", type(self.optimizer).__name__, rule, cure)
         result = super().get_batch_samples(*args, **kwargs)
         self._micro_batches, self._features = result[0], {}
         return result

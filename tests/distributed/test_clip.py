@@ -41,9 +41,9 @@ def cases_of(back_end):
     return CASES if back_end == "zero2" else {"clip": CASES["clip"], **DOUBLE}
 
 
-# float32: gradients reach 16 and are up to 3e-6 of that apart (tests/clip/test_loss.py), times a rate
-# of 0.001 and three steps, of which the later ones start where the earlier ones ended; the weights
-# move by 0.01. float64: roundings of 1e-16 in the same places.
+# float32: gradients reach 16 and are up to 3e-6 of that apart (tests/clip/test_loss.py), times a
+# rate of 0.001 and three steps, of which the later ones start where the earlier ones ended; the
+# weights move by 0.01. float64: roundings of 1e-16 in the same places.
 TOLERANCE = {"float32": 1e-6, "float64": 1e-9}
 
 
