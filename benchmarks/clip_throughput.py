@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,7 +115,7 @@ def run(way: str, options: argparse.Namespace) -> None:
         with_nso_hf(clip, options, accumulation, settings["sigma"])
     else:
         with_open_clip(clip, options, accumulation)
-    steps = [b - a for a, b in zip(times[3:], times[4:], strict=False)]
+    steps = [b - a for a, b in pairwise(times[3:])]
     print(json.dumps(statistics.median(steps)))
 
 

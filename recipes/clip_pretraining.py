@@ -344,6 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         clip.train_transform,
         clip.tokenizer,
         batch_size=args.per_device_train_batch_size,
+        micro_batches=args.gradient_accumulation_steps,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         process=args.process_index,
         processes=args.world_size,

@@ -59,7 +59,7 @@ def _retrieval(retrieval: Mapping[str, Any]) -> "Table":
 def _classification(kinds: Mapping[str, Mapping[str, Any]]) -> "Table":
     images = " and ".join(dict.fromkeys(str(c["images"]) for c in kinds.values()))
     number = next(iter(kinds.values()))["classes"]
-    columns = ["", "top-1", "top-5", "mean of classes", "chance", "largest class"]
+    columns = ["", "top-1", "top-5", "per class", "chance", "majority"]
     table = _table(f"Classification of {images} images, {number} classes", columns)
     for name, c in kinds.items():
         shares = [c[key] for key in ("top5", "mean_per_class", "chance", "majority")]
@@ -96,7 +96,7 @@ def plot_retrieval(
         found + 1,
         figsize=(1.3 * (found + 2), 1.3 * len(rows)),
         squeeze=False,
-        gridspec_kw={"width_ratios": [2.2] + [1] * found},
+        gridspec_kw={"width_ratios": [1.6] + [1] * found},
         layout="constrained",
     )
     for axis in axes.flat:

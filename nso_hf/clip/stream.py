@@ -31,7 +31,9 @@ class PairStream(IterableDataset[dict[str, Tensor]]):
         pairs: where they come from.
         transform: PIL image to tensor; its random numbers are seeded for each image.
         tokenizer: texts to tokens, (n, context length).
-        batch_size: pairs of this process in a batch.
+        batch_size: pairs of this process in a micro-batch.
+        micro_batches: of an optimizer step; an epoch is a whole number of steps, so that none of
+            them has fewer negatives.
         process, processes: which of how many this one is.
 
     Raises:
@@ -45,21 +47,25 @@ class PairStream(IterableDataset[dict[str, Tensor]]):
         tokenizer: Tokenizer,
         *,
         batch_size: int,
+        micro_batches: int = 1,
         seed: int = 0,
         process: int = 0,
         processes: int = 1,
     ) -> None:
         super().__init__()
         self.pairs, self.transform, self.tokenizer = pairs, transform, tokenizer
-        self.batch_size, self._seed = batch_size, seed
+        self.batch_size, self._micro_batches, self._seed = batch_size, micro_batches, seed
         self._process, self._processes = process, processes
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may live on
         if not len(self):
-            rule = f"has {len(pairs)} pairs, fewer than a batch of {batch_size} x {processes}"
-            raise refusal("train_data", pairs.name, rule, "Lower --per_device_train_batch_size")
+            size = f"{batch_size} x {processes} x {micro_batches}"
+            rule = f"has {len(pairs)} pairs, fewer than the batch of an optimizer step, {size}"
+            cure = "Lower --per_device_train_batch_size or --gradient_accumulation_steps"
+            raise refusal("train_data", pairs.name, rule, cure)
 
     def __len__(self) -> int:
-        return len(self.pairs) // (self.batch_size * self._processes) * self.batch_size
+        batch = self.batch_size * self._micro_batches
+        return len(self.pairs) // (batch * self._processes) * batch
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration is of."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.backends import select
@@ -24,6 +25,8 @@ from nso_hf.refusal import refusal
 from nso_hf.side_effects import random_state_kept, running_statistics_kept
 
 MAX_LOGIT_SCALE = math.log(100)  # of the paper of CLIP, arXiv 2103.00020
+
+logger = logging.get_logger(__name__)
 
 _LOGIT = r"\blogit_(scale|bias)$"
 _WITHOUT_DECAY = re.compile("bn|ln|bias|logit_scale")  # as open_clip, which adds all vectors
@@ -153,7 +156,6 @@ class CLIPTrainer(NSOTrainer):
             **options,
         )
         self._logit_scale: Tensor | None = None
-        self._is_clamped = False
         self._micro_batches: list[Any] = []
         self._features: dict[Any, list[dict[str, Tensor]]] = {}
 
@@ -185,12 +187,18 @@ class CLIPTrainer(NSOTrainer):
     # Loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_clamped:
+        if not _groups_of_logit_scale(self.optimizer):
             rule = "one that the Trainer does not make would not keep logit_scale in bounds"
             cure = "Leave it out of the back end's configuration, and set --optim"
             raise refusal("optimizer", type(self.optimizer).__name__, rule, cure)
         result = super().get_batch_samples(*args, **kwargs)
         self._micro_batches, self._features = result[0], {}
+        if len(self._micro_batches) < self.args.gradient_accumulation_steps:
+            logger.warning_once(
+                f"The last step of an epoch has {len(self._micro_batches)} micro-batches, not "
+                f"{self.args.gradient_accumulation_steps}: its pairs have fewer negatives. A "
+                "PairStream with micro_batches set leaves them for another epoch."
+            )
         return result
 
     def compute_loss(
@@ -270,11 +278,10 @@ class CLIPTrainer(NSOTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         optimizer = super().create_optimizer(model)
-        if not self._is_clamped:
+        if not _groups_of_logit_scale(optimizer):
             # A group of its own, since some back ends flatten groups into single tensors.
             own_group(optimizer, self.clip.model if model is None else model, "logit_scale")
             optimizer.register_step_post_hook(_clamp_logit_scale)
-            self._is_clamped = True
         return optimizer
 
     # Logs, evaluation, files
@@ -315,7 +322,8 @@ class CLIPTrainer(NSOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        self.clip.write_config(Path(output_dir or str(self.args.output_dir)))
+        if self.args.should_save:
+            self.clip.write_config(Path(output_dir or str(self.args.output_dir)))
 
 
 def own_group(optimizer: Optimizer, model: nn.Module, name: str) -> None:
@@ -329,9 +337,12 @@ def own_group(optimizer: Optimizer, model: nn.Module, name: str) -> None:
             optimizer.add_param_group({**options, "params": [parameter], name: True})
 
 
+def _groups_of_logit_scale(optimizer: Any) -> list[dict[str, Any]]:
+    return [group for group in optimizer.param_groups if group.get("logit_scale")]
+
+
 @torch.no_grad()
 def _clamp_logit_scale(optimizer: Optimizer, *args: Any) -> None:
-    for group in optimizer.param_groups:
-        if group.get("logit_scale"):
-            for parameter in group["params"]:
-                parameter.clamp_(0, MAX_LOGIT_SCALE)
+    for group in _groups_of_logit_scale(optimizer):
+        for parameter in group["params"]:
+            parameter.clamp_(0, MAX_LOGIT_SCALE)

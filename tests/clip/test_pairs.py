@@ -120,6 +120,11 @@ def test_fewer_shards_than_readers(tmp_path, workers):
     assert sorted(flat(flat(seen))) == list(range(48))
 
 
+def test_an_epoch_is_a_whole_number_of_optimizer_steps():
+    assert len(stream(table(43), micro_batches=3)) == 36
+    assert len(batches(table(43), micro_batches=3)) == 9
+
+
 def test_augmentation_is_a_function_of_seed_epoch_and_pair():
     def noisy(image):
         return torch.tensor([torch.rand(()).item(), random.random(), np.random.rand()])
@@ -305,5 +310,7 @@ def test_what_does_not_exist_is_refused_when_it_is_opened(tmp_path):
         open_pairs("gone.csv", Fields())
     with pytest.raises(ValueError, match="how many pairs remote shards hold is unknown"):
         open_pairs("https://example.org/{00..10}.tar", Fields())
-    with pytest.raises(ValueError, match="has 3 pairs, fewer than a batch of 4 x 1"):
+    with pytest.raises(
+        ValueError, match="has 3 pairs, fewer than the batch of an optimizer step, 4 x 1 x 1"
+    ):
         stream(table(3))

@@ -10,6 +10,7 @@ import torch
 import transformers
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
+from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -364,7 +365,7 @@ def clip(case, directory):
     if "fsdp_config" in back_end:
         layers = {"transformer_layer_cls_to_wrap": None}  # those that the model names
         back_end["fsdp_config"] = {**back_end["fsdp_config"], **layers}
-    built = tiny_clip(kind)
+    built = tiny_clip(kind, **case.pop("model", {}))
     built.model.to(dtype)
     data = [{**row, "image": row["image"].to(dtype)} for row in pair_data(pairs)]
     rows = Table("rows", image_rows(11), Fields("image", "caption", "label"), None)
@@ -389,6 +390,10 @@ def clip(case, directory):
     }
     if dtype == torch.float32:
         result["evaluation"] = trainer.evaluate()
+    trainer.save_model(f"{directory}/saved")
+    if trainer.is_world_process_zero():
+        saved = load_file(f"{directory}/saved/model.safetensors")
+        result["saved"] = [saved[name] for name, _ in built.model.named_parameters()]
     return result
 
 
