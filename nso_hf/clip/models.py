@@ -227,13 +227,6 @@ def loss_of(loss: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
     return total.squeeze()
 
 
-def image_features(model: nn.Module, image: Tensor) -> Tensor:
-    """Normalised features (n, D) of images (n, 3, H, W), by the model's own `forward`, which
-    gathers sharded weights."""
-    features: Tensor = model(image=image)["image_features"]
-    return features
-
-
 def text_features(model: nn.Module, text: Tensor, is_coca: bool, image_size: Any) -> Tensor:
     """Normalised features (n, D) of texts (n, context length)."""
     if not is_coca:

@@ -146,3 +146,19 @@ def test_evaluation_and_curvature_are_those_of_one_process(run, back_end, tmp_pa
         # By differences of gradients where weights are sharded, in float32.
         tolerance = 1e-3 if back_end == "fsdp2" else 1e-5
         assert (rank["trace"] - trace).abs().max() <= tolerance * trace.abs().max()
+
+
+SLOW = [pytest.param(back_end, marks=pytest.mark.slow) for back_end in ("ddp", "zero2")]
+
+
+@pytest.mark.parametrize("back_end", ["fsdp2", *SLOW])
+def test_resume_is_bit_equal(back_end, tmp_path):
+    directory = str(tmp_path / "run")
+    base = {**BASE, **TWO, "back_end": back_end, "optim": "adamw_torch", "max_steps": 3}
+    base |= {"save_strategy": "steps", "save_steps": 2, "output_dir": directory}
+    resumed = {**base, "resume": f"{directory}/checkpoint-2"}
+    for rank in launch({"whole": base, "resumed": resumed}, tmp_path):
+        assert_is(back_end, rank["resumed"], processes=2)
+        assert rank["whole"]["losses"] == rank["resumed"]["losses"]
+        pairs = zip(rank["whole"]["weights"], rank["resumed"]["weights"], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

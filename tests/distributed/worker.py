@@ -360,14 +360,14 @@ def clip(case, directory):
     from tests.clip.reference import clip_config, image_rows, pair_data, tiny_clip
 
     kind, dtype = case.pop("kind", "clip"), getattr(torch, case.pop("dtype", "float32"))
-    pairs = case.pop("pairs", 48)
+    resume = case.pop("resume", None)
     back_end = dict(BACK_ENDS[case.pop("back_end")])
     if "fsdp_config" in back_end:
         layers = {"transformer_layer_cls_to_wrap": None}  # those that the model names
         back_end["fsdp_config"] = {**back_end["fsdp_config"], **layers}
     built = tiny_clip(kind, **case.pop("model", {}))
     built.model.to(dtype)
-    data = [{**row, "image": row["image"].to(dtype)} for row in pair_data(pairs)]
+    data = [{**row, "image": row["image"].to(dtype)} for row in pair_data(48)]
     rows = Table("rows", image_rows(11), Fields("image", "caption", "label"), None)
     args = clip_config(directory, **back_end, **case)
     try:
@@ -375,7 +375,7 @@ def clip(case, directory):
     except ValueError as error:
         return {"refused": str(error)}
     trainer.perturbed, trainer.computed_in = None, None
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     wrapped = trainer.model_wrapped
     model = trainer.accelerator.unwrap_model(wrapped)
     batches = [trainer.data_collator(data[i : i + 8]) for i in (0, 8, 16)]
