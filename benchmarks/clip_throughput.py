@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,10 +41,14 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def with_open_clip(clip: ClipModel, options: argparse.Namespace, accumulation: int) -> None:
     """Its training loop, as `open_clip_train.main` sets it up."""
+    import open_clip_train.data
     from open_clip import ClipLoss
     from open_clip_train.data import get_data
     from open_clip_train.train import train_one_epoch
 
+    # open_clip 3.3 does not know the marks that webdataset 1.0 puts at the end of a shard.
+    expander = open_clip_train.data.tar_file_expander
+    open_clip_train.data.tar_file_expander = partial(expander, eof_value=None)
     batch = options.batch // accumulation
     args = SimpleNamespace(
         train_data=options.data,

@@ -28,6 +28,7 @@ from nso_hf import NSOArguments
 from nso_hf.checkpoints import checkpoint_to_resume, how_to_go_on
 from nso_hf.clip.evaluation import (
     Encoded,
+    check_probe,
     class_names,
     encode,
     linear_probe,
@@ -38,7 +39,7 @@ from nso_hf.clip.models import ClipModel, contrastive_loss, load_clip, lock
 from nso_hf.clip.openmoji import openmoji_pairs
 from nso_hf.clip.pairs import Fields, Pairs, open_pairs
 from nso_hf.clip.report import plot_retrieval, print_results
-from nso_hf.clip.stream import PairStream
+from nso_hf.clip.stream import PairStream, check_usable
 from nso_hf.clip.trainer import CLIPConfig, CLIPTrainer
 from nso_hf.command_line import RecipeParser
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
@@ -184,6 +185,9 @@ class DataOptions:
                 cure = """Write it as '{"scale": [0.5, 1.0]}'"""
                 rule = f"not JSON ({error})"
                 raise refusal("augmentation", self.augmentation, rule, cure) from error
+        if not isinstance(self.augmentation, (dict, type(None))):
+            cure = """Write it as '{"scale": [0.5, 1.0]}'"""
+            raise refusal("augmentation", self.augmentation, "not a mapping", cure)
         if self.train_num_pairs is not None and self.train_num_pairs < 1:
             value = self.train_num_pairs
             raise refusal("train_num_pairs", value, "must be at least 1", "Leave it out to count")
@@ -191,6 +195,10 @@ class DataOptions:
     def open(self, data: str, split: str, num_pairs: int | None = None, *, labels: bool) -> Pairs:
         """The pairs that one of the options names; with `labels`, each with its class."""
         if data == "openmoji":
+            for option in ("image_column", "caption_column", "train_num_pairs"):
+                if getattr(self, option) is not None:
+                    value = getattr(self, option)
+                    raise refusal(option, value, "openmoji has no columns", "Leave it out")
             return openmoji_pairs("train" if split == self.train_split else "test")
         label = self.label_column if labels else None
         return open_pairs(
@@ -243,8 +251,12 @@ class EvaluationOptions:
         if self.templates not in TEMPLATES and not Path(self.templates).is_file():
             cure = f"Use {', '.join(TEMPLATES)}, or the path of a text file"
             raise refusal("templates", self.templates, "unknown, and no such file", cure)
-        if not all("{}" in t for t in self.prompts if isinstance(t, str)):
-            raise refusal("templates", self.templates, "a line has no {}", "Write 'a photo of {}'")
+        if not self.prompts:
+            raise refusal("templates", self.templates, "the file is empty", "Write 'a photo of {}'")
+        for prompt in self.prompts:
+            if isinstance(prompt, str) and not _takes_a_name(prompt):
+                rule = f"the line {prompt!r} does not have one {{}} for the name"
+                raise refusal("templates", self.templates, rule, "Write 'a photo of {}'")
         if self.class_names not in (None, "imagenet") and not Path(str(self.class_names)).is_file():
             cure = "Give a JSON file, or imagenet"
             raise refusal("class_names", self.class_names, "no such file", cure)
@@ -268,12 +280,27 @@ class EvaluationOptions:
         if self.class_names == "imagenet":
             known = {str(i): name for i, name in enumerate(open_clip.IMAGENET_CLASSNAMES)}
         else:
-            known = json.loads(Path(self.class_names).read_text())
+            try:
+                known = json.loads(Path(self.class_names).read_text())
+            except ValueError as error:
+                cure = """Write it as '{"class": "name"}'"""
+                rule = f"not JSON ({error})"
+                raise refusal("class_names", self.class_names, rule, cure) from error
+            if not isinstance(known, dict):
+                cure = """Write it as '{"class": "name"}'"""
+                raise refusal("class_names", self.class_names, "not a mapping", cure)
         missing = [label for label in classes if label not in known]
         if missing:
             rule = f"has no name for the classes {', '.join(missing[:5])}"
             raise refusal("class_names", self.class_names, rule, "Add them")
         return [known[label] for label in classes]
+
+
+def _takes_a_name(prompt: str) -> bool:
+    try:
+        return prompt.format("name") != prompt
+    except (KeyError, IndexError, ValueError):
+        return False
 
 
 OPTIONS = [ModelOptions, DataOptions, EvaluationOptions, CLIPConfig]
@@ -335,7 +362,17 @@ def main(argv: list[str] | None = None) -> None:
         classes: list[str] = []
         if data.zero_shot_data is not None:
             labelled = data.open(data.zero_shot_data, data.zero_shot_split, labels=True)
-            classes = class_names(labelled.labels(), data.zero_shot_data)
+            labels = labelled.labels()
+            classes = class_names(labels, data.zero_shot_data)
+            if evaluation.linear_probe:
+                check_probe(labels)
+        for pairs, needs in [(train, "caption"), (held_out, "caption"), (labelled, "label")]:
+            if pairs is not None:
+                check_usable(pairs, needs)
+    batch = args.per_device_train_batch_size
+    if evaluation.curvature and evaluation.curvature_batches > len(train) // batch:
+        rule = f"{len(train)} training pairs make {len(train) // batch} batches of {batch}"
+        raise refusal("curvature_batches", evaluation.curvature_batches, rule, "Lower it")
     names = evaluation.names(classes)
     clip = model_options.load(data.augmentation if isinstance(data.augmentation, dict) else None)
     clip.check_tokens()
@@ -349,7 +386,6 @@ def main(argv: list[str] | None = None) -> None:
         process=args.process_index,
         processes=args.world_size,
     )
-    stream.check()
     trainer = CLIPTrainer(clip, args, train_dataset=stream, eval_dataset=held_out)
     is_first, output = trainer.is_world_process_zero(), Path(str(args.output_dir))
     if is_first:
@@ -371,7 +407,25 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"\n{how_to_go_on(args, trainer.state.global_step)}")
     train_seconds = time.monotonic() - train_started
     trainer.save_model()
-    results: dict[str, Any] = {"steps": trainer.state.global_step}
+    results: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "train_seconds": round(train_seconds, 1),
+        "training_pairs": len(train),
+        "backend": trainer.nso_backend.name,
+        "processes": trainer.nso_backend.num_processes,
+        "model_options": asdict(model_options),
+        "data_options": asdict(data),
+        "evaluation_options": asdict(evaluation),
+        "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},
+        "log": trainer.state.log_history,
+    }
+
+    def write() -> None:  # after each measurement, since the next one can fail
+        results["total_seconds"] = round(time.monotonic() - started, 1)
+        if is_first:
+            (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    write()
     encoded: Encoded | None = None
     encoding: dict[str, Any] = {
         "batch_size": args.per_device_eval_batch_size,
@@ -389,6 +443,7 @@ def main(argv: list[str] | None = None) -> None:
             "metrics": found.metrics,
             "chance": found.chance,
         }
+        write()
     if labelled is not None:
         with_class = encode(
             trainer.module, clip, labelled, trainer.accelerator, needs="label", **encoding
@@ -403,6 +458,7 @@ def main(argv: list[str] | None = None) -> None:
             device=args.device,
         )
         results["zero_shot"] = asdict(accuracy)
+        write()
         if evaluation.linear_probe:
             results["linear_probe"] = asdict(linear_probe(with_class, classes))
     if evaluation.curvature:
@@ -410,23 +466,12 @@ def main(argv: list[str] | None = None) -> None:
     opened = {"training pairs, over all passes": train, "held-out pairs": held_out}
     opened["images with classes"] = labelled
     counts = gather_object([{n: p.skipped.counts for n, p in opened.items() if p is not None}])
+    results["skipped"] = {
+        name: dict(sum((Counter(count[name]) for count in counts), Counter())) for name in counts[0]
+    }
+    write()
     if not is_first:
         return
-    skipped = {name: dict(sum((Counter(c[name]) for c in counts), Counter())) for name in counts[0]}
-    results |= {
-        "skipped": skipped,
-        "train_seconds": round(train_seconds, 1),
-        "total_seconds": round(time.monotonic() - started, 1),
-        "training_pairs": len(train),
-        "backend": trainer.nso_backend.name,
-        "processes": trainer.nso_backend.num_processes,
-        "model_options": asdict(model_options),
-        "data_options": asdict(data),
-        "evaluation_options": asdict(evaluation),
-        "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},
-        "log": trainer.state.log_history,
-    }
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     files = ["results.json", "training.png", "model.safetensors", "open_clip_config.json"]
     plot_training(trainer.state.log_history, output / "training.png", TITLES, top=None)
     if encoded is not None and held_out is not None:

@@ -457,6 +457,16 @@ CLIP: dict[str, Callable[[Path], object]] = {
         "--train_data", "{folder}/b.tar", "--train_num_pairs", "8", write={"b.tar": b"x" * 2000}
     ),
     "fewer pairs than a batch": clip_recipe("--per_device_train_batch_size", "64"),
+    "no captions to evaluate": clip_recipe(
+        "--eval_data", "{folder}/u.csv", write={"u.csv": "filepath\ttitle\na.png\t\n"}
+    ),
+    "number of pairs of no shard": clip_recipe(
+        "--train_data",
+        "{folder}/u.csv",
+        "--train_num_pairs",
+        "8",
+        write={"u.csv": "filepath\ttitle\na.png\ta\n"},
+    ),
     "images of one class": clip_recipe(
         "--zero_shot_data", "{folder}/s-000.tar", "--label_column", "style"
     ),
@@ -474,7 +484,59 @@ CLIP: dict[str, Callable[[Path], object]] = {
         "--templates", "{folder}/t.txt", write={"t.txt": "a photo of\n"}
     ),
     "probe without classes": clip_recipe("--linear_probe", "true"),
+    "probe of single images": clip_recipe(
+        "--zero_shot_data", "{folder}/s-000.tar", "--label_column", "txt", "--linear_probe", "true"
+    ),
+    "class names that are no JSON": clip_recipe(
+        "--zero_shot_data",
+        "{folder}/s-000.tar",
+        "--label_column",
+        "kind",
+        "--class_names",
+        "{folder}/n.json",
+        write={"n.json": "{"},
+    ),
+    "template with two places": clip_recipe(
+        "--templates", "{folder}/t.txt", write={"t.txt": "a {} {x}\n"}
+    ),
+    "templates of none": clip_recipe("--templates", "{folder}/t.txt", write={"t.txt": "\n"}),
     "evaluation without pairs": clip_recipe("--eval_strategy", "steps"),
+    "curvature of more batches than there are": clip_recipe(
+        "--curvature", "true", "--curvature_batches", "4"
+    ),
+    "best by an unknown measure": clip_recipe(
+        "--eval_data",
+        "{folder}/s-000.tar",
+        "--load_best_model_at_end",
+        "true",
+        "--metric_for_best_model",
+        "recall@10",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+    ),
+    "caption loss without a decoder": clip_recipe("--coca_caption_weight", "1.0"),
+    "image size 0": clip_recipe("--image_size", "0"),
+    "augmentation of another type": clip_recipe("--augmentation", '{"scale": 0.5}'),
+    "augmentation that is no mapping": clip_recipe("--augmentation", "[0.5, 1.0]"),
+    "model file that is a list": clip_recipe("--model", "{folder}/m.json", write={"m.json": "[]"}),
+    "texts without room": clip_recipe(
+        "--model",
+        "{folder}/m.json",
+        write={
+            "m.json": json.dumps(
+                {**SMALL_CLIP, "text_cfg": {**SMALL_CLIP["text_cfg"], "context_length": 2}}
+            )
+        },
+    ),
+    "name that open_clip takes for SigLIP's": clip_recipe(
+        "--model", "{folder}/my-siglip.json", write={"my-siglip.json": json.dumps(SMALL_CLIP)}
+    ),
     "no batches for curvature": clip_recipe("--curvature_batches", "0"),
     "folder of another run": clip_recipe(write={"out/results.json": "{}"}),
 }

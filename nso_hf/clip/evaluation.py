@@ -1,6 +1,8 @@
 """What a contrastive model knows: retrieval, zero-shot classification, a linear probe."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +14,23 @@ from open_clip import CoCa, build_zero_shot_classifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from nso_hf.clip.models import ClipModel, loss_of, text_features
 from nso_hf.clip.pairs import Pairs
-from nso_hf.clip.stream import EvaluationStream
+from nso_hf.clip.stream import EvaluationStream, nothing_usable
 from nso_hf.refusal import refusal
+
+logger = logging.get_logger(__name__)
 
 _CHUNK = 1024  # queries compared with all candidates at a time
 RECALLS = (1, 5, 10)
+METRICS = [
+    f"{direction}_{measure}"
+    for direction in ("image_to_text", "text_to_image")
+    for measure in (*(f"recall@{k}" for k in RECALLS), "mean_rank", "median_rank")
+]
+"""The names of what `Retrieval.metrics` has."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,16 @@ class Encoded:
             labels=[self.labels[n] for n in numbers],
             index=[self.index[n] for n in numbers],
         )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -91,10 +112,10 @@ def encode(
     hidden = not accelerator.is_local_main_process
     found: list[dict[str, Any]] = []
     pairs.skipped.reset()
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in tqdm(loader, total=rounds, desc="Encoding", disable=hidden, leave=False):
+    progress = tqdm(total=rounds, desc="Encoding", disable=hidden, leave=False)
+    with _evaluating(model), progress as bar:
+        for batch in loader:  # given to the bar, its workers would be started twice
+            bar.update()
             is_empty = not batch["index"]  # all processes take part in every pass
             image = torch.zeros(1, 3, *size) if is_empty else batch["image"]
             inputs = {"image": image.to(accelerator.device)}
@@ -110,12 +131,11 @@ def encode(
                 entry["texts"] = outputs["text_features"].float().cpu()
                 entry["loss"] = loss_of(loss, outputs).item()
             found.append(entry)
-    finally:
-        model.train(was_training)
+    if not all(entry["images"].isfinite().all() for entry in found):
+        logger.warning("Features are not finite: the model has diverged, and counts as wrong.")
     every = sorted(gather_object(found), key=lambda entry: entry["index"][0])
     if not every:
-        rule = f"nothing of it could be used (skipped: {pairs.skipped.counts})"
-        raise refusal("data", pairs.name, rule, "Check the files, columns and captions")
+        raise nothing_usable(pairs)
     named = [pair for entry in every for pair in entry["pair"]]
     sizes = np.array([len(entry["index"]) for entry in every])
     losses = np.array([entry["loss"] for entry in every])
@@ -216,7 +236,8 @@ def _ranks(queries: Tensor, candidates: Tensor, query_of: Tensor, right: Tensor)
         is_right = torch.zeros_like(scores, dtype=torch.bool)
         is_right[rows, right[here].to(scores.device)] = True
         best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(1 + ((scores >= best) & ~is_right).sum(dim=1).cpu())
+        is_before = ~(scores < best) & ~is_right  # a score that is no number too
+        ranks.append(1 + is_before.sum(dim=1).cpu())
     return torch.cat(ranks)
 
 
@@ -275,9 +296,7 @@ def zero_shot(
     Returns:
         The accuracy, and the predicted class of each image (n,).
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         classifier = build_zero_shot_classifier(
             _Texts(model, clip),
             clip.tokenizer,
@@ -286,8 +305,6 @@ def zero_shot(
             num_classes_per_batch=classes_per_batch,
             device=device,
         )
-    finally:
-        model.train(was_training)
     number = {label: index for index, label in enumerate(classes)}
     target = torch.tensor([number[str(label)] for label in encoded.labels])
     k = min(5, len(classes))
@@ -298,6 +315,9 @@ def zero_shot(
             for chunk in encoded.images.split(_CHUNK)
         ]
     )
+    ranked[~encoded.images.isfinite().all(dim=1)] = -1  # of no class
+    if not weights.isfinite().all():
+        ranked[:] = -1
     top5 = (ranked == target[:, None]).any(dim=1) if len(classes) > 5 else None
     return _classification(ranked[:, 0], target, len(classes), top5), ranked[:, 0]
 
@@ -342,20 +362,31 @@ def linear_probe(encoded: Encoded, classes: Sequence[str], *, C: float = 0.316) 
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
+    check_probe(encoded.labels)
     number = {label: index for index, label in enumerate(classes)}
     target = np.array([number[str(label)] for label in encoded.labels])
     counts = np.bincount(target, minlength=len(classes))
     kept = counts[target] >= 2
-    if len(set(target[kept])) < 2:
-        rule = "a probe needs two classes with two images or more"
-        raise refusal("linear_probe", True, rule, "Use more images, or leave it out")
     folds = StratifiedKFold(2, shuffle=True, random_state=0)
     features = encoded.images.numpy()[kept]
     probe = LogisticRegression(C=C, max_iter=1000)
-    predicted = cross_val_predict(probe, features, target[kept], cv=folds)
+    predicted = np.full(kept.sum(), -1)
+    if np.isfinite(features).all():
+        predicted = cross_val_predict(probe, features, target[kept], cv=folds)
     return _classification(
         torch.from_numpy(predicted), torch.from_numpy(target[kept]), len(classes)
     )
+
+
+def check_probe(labels: Sequence[str | None]) -> None:
+    """
+    Raises:
+        ValueError: too few images of too few classes for `linear_probe`.
+    """
+    counts = Counter(label for label in labels if label is not None)
+    if sum(count >= 2 for count in counts.values()) < 2:
+        rule = "a probe needs two classes with two images or more"
+        raise refusal("linear_probe", True, rule, "Use more images, or leave it out")
 
 
 def best_images(encoded: Encoded, query: int, number: int) -> list[int]:

@@ -15,9 +15,12 @@ from open_clip.factory import get_model_config, parse_model_name
 from open_clip.loss import SigLipLoss
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
+from transformers.utils import logging as hf_logging
 
 from nso_hf.clip.stream import Tokenizer, Transform
 from nso_hf.refusal import refusal
+
+logger = hf_logging.get_logger(__name__)
 
 _BLOCKS = ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block", "Bottleneck")
 """Modules that are sharded and gathered as one."""
@@ -39,8 +42,12 @@ class ClipModel:
     def check_tokens(self) -> None:
         """
         Raises:
-            ValueError: the tokenizer has more tokens than the text model.
+            ValueError: the tokenizer has more tokens than the text model, or no room for a text.
         """
+        if torch.equal(*self.tokenizer(["cat", "dog"])):
+            context = self.config["text_cfg"].get("context_length")
+            rule = "different texts have the same tokens: it has room for their start and end alone"
+            raise refusal("context_length", context, rule, "Set it to 8 or more in the model")
         highest = int(self.tokenizer(["a"]).max())
         size = self.config["text_cfg"].get("vocab_size")
         if size is not None and highest >= size:
@@ -84,11 +91,6 @@ def load_clip(
     extra: dict[str, Any] = {"nonscalar_logit_scale": True}  # a scalar cannot be sharded
     if siglip and "init_logit_bias" not in config:
         extra |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
-    try:
-        augmentation_config = open_clip.AugmentationCfg(**(augmentation or {}))
-    except TypeError as error:
-        cure = "Use the fields of open_clip.AugmentationCfg, such as scale"
-        raise refusal("augmentation", augmentation, str(error), cure) from error
     schema, _ = parse_model_name(name)
     if pretrained is not None and schema is not None:
         rule = f"the model {name} brings weights of its own"
@@ -118,10 +120,29 @@ def load_clip(
         # open_clip 3.3 leaves it as the memory was; this is the deviation it means to give it.
         projection = model.text_decoder.text_projection
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
-    if siglip and model.logit_bias is None:
-        raise refusal("siglip", True, f"{name} has no bias of the logits", "Use another model")
+    if siglip and (isinstance(model, open_clip.CoCa) or model.logit_bias is None):
+        rule = f"{type(model).__name__} has no sigmoid loss"
+        raise refusal("siglip", True, rule, "Use a model without a decoder")
+    if siglip and pretrained is not None and not model.logit_bias.any():
+        logger.warning(
+            f"{pretrained} has no bias of the logits, which begins at 0, with the scale of its "
+            "softmax loss; SigLIP begins at -10 and 10."
+        )
     _answer_to_the_trainer(model)
     preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
+    try:
+        augmented = open_clip.AugmentationCfg(**(augmentation or {}))
+        train_transform = image_transform_v2(preprocessing, True, aug_cfg=augmented)
+    except (TypeError, ValueError, AssertionError) as error:
+        cure = "Use the fields of open_clip.AugmentationCfg, such as 'scale': [0.9, 1.0]"
+        raise refusal("augmentation", augmentation, str(error), cure) from error
+    try:
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, ImportError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        rule = f"its tokenizer cannot be loaded ({reason})"
+        cure = "open_clip takes it from the hub for names that contain siglip: check the network"
+        raise refusal("model", name, rule, cure) from error
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
     if siglip:
@@ -129,8 +150,8 @@ def load_clip(
         config.setdefault("init_logit_scale", math.log(10))
     return ClipModel(
         model=model,
-        tokenizer=open_clip.get_tokenizer(name),
-        train_transform=image_transform_v2(preprocessing, True, aug_cfg=augmentation_config),
+        tokenizer=tokenizer,
+        train_transform=train_transform,
         eval_transform=image_transform_v2(preprocessing, False),
         config=config,
     )
@@ -160,6 +181,8 @@ def _config(name: str) -> tuple[str, dict[str, Any]]:
             raise refusal(
                 "model", name, f"not JSON ({error})", "Write it as open_clip's"
             ) from error
+        if not isinstance(config, dict):
+            raise refusal("model", name, "not a mapping", "Write it as open_clip's model_configs")
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
         if missing:
             rule = f"has no {', '.join(sorted(missing))}"
@@ -180,6 +203,8 @@ def _config(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_image_size(image_size: int, config: Mapping[str, Any]) -> None:
+    if image_size < 1:
+        raise refusal("image_size", image_size, "must be at least 1", "Give a number of pixels")
     patch = config["vision_cfg"].get("patch_size")
     if patch is not None and image_size % patch:
         rule = f"not a multiple of the model's patches of {patch} pixels"
@@ -271,7 +296,8 @@ def lock(
             getattr(model, method)(*arguments)
         except (AttributeError, AssertionError, NotImplementedError) as error:
             rule = f"{type(model).__name__} cannot be locked so ({error})"
-            raise refusal(option, True, rule, "Freeze it whole, or not") from error
+            cure = "Lock it whole, or train it; CoCa cannot be locked"
+            raise refusal(option, True, rule, cure) from error
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Where image-caption pairs come from: webdataset shards, tables of rows, and what was left out."""
 
+import csv
+import hashlib
 import json
 import multiprocessing
 import re
@@ -7,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nso_hf.refusal import Refusal, refusal
 logger = logging.get_logger(__name__)
 
 _IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+_FEW = 64  # shards that each reader can go through in an epoch
 _SHUFFLED = 5000  # encoded pairs held back, from which the next one is drawn
 
 
@@ -28,12 +30,21 @@ class Pair:
     """One image and its caption, as stored."""
 
     key: str
-    """Names the image: pairs of one key are one image with several captions."""
+    """Its name in the collection, wherever that is stored."""
     image: Any
     """Encoded bytes, a path, or a PIL image."""
     caption: str | None
     label: str | None = None
     """Its class, where it has one."""
+
+    @property
+    def image_key(self) -> str:
+        """The same for pairs of one image: several captions of it."""
+        if isinstance(self.image, bytes):
+            return hashlib.blake2b(self.image, digest_size=16).hexdigest()
+        if isinstance(self.image, Image.Image):
+            return hashlib.blake2b(self.image.tobytes(), digest_size=16).hexdigest()
+        return str(self.image)
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,14 @@ class Share:
 
     @property
     def readers(self) -> int:
+        """Workers of all processes."""
         return self.processes * self.workers
+
+    def has(self, position: int) -> bool:
+        """Whether the pair at this position is its to read: batches are dealt to processes, then
+        to their workers, as these yield them."""
+        step, process = divmod(position // self.batch_size, self.processes)
+        return process == self.process and step % self.workers == self.worker
 
 
 @dataclass(frozen=True)
@@ -119,8 +137,11 @@ class Pairs(ABC):
         """One pass over the pairs of a share, in an order that is a function of `seed`."""
 
     @abstractmethod
+    def in_order(self, is_counted: bool = True) -> Iterator[Pair]:
+        """All pairs in their order. Only one of several readers counts what is broken."""
+
     def __iter__(self) -> Iterator[Pair]:
-        """All pairs in their order."""
+        return self.in_order()
 
     def labels(self) -> list[str | None]:
         """The classes of all, in their order."""
@@ -145,13 +166,12 @@ class Table(Pairs):
 
     def shuffled(self, seed: Sequence[int], share: Share) -> Iterator[Pair]:
         order = np.random.default_rng(list(seed)).permutation(len(self))
-        size, step = share.batch_size, share.batch_size * share.processes
-        starts = range(share.process * size, len(order) - step + share.process * size + 1, step)
-        for start in starts[share.worker :: share.workers]:
-            for index in order[start : start + size]:
-                yield self._pair(int(index))
+        whole = share.batch_size * share.processes
+        for position in range(len(order) // whole * whole):
+            if share.has(position):
+                yield self._pair(int(order[position]))
 
-    def __iter__(self) -> Iterator[Pair]:
+    def in_order(self, is_counted: bool = True) -> Iterator[Pair]:
         return (self._pair(index) for index in range(len(self)))
 
     def labels(self) -> list[str | None]:
@@ -165,22 +185,21 @@ class Table(Pairs):
         image = row[str(self._fields.image)]
         if isinstance(image, Mapping):  # as `datasets` stores an image it has not decoded
             image = image["bytes"] if image.get("bytes") is not None else image.get("path")
-        key = str(index)
         if isinstance(image, str):
-            path = Path(image)
-            if self._folder is not None and (self._folder / path).exists():
-                path = self._folder / path
-            image, key = path, str(path)
+            image = Path(image)
+            if self._folder is not None and (self._folder / image).exists():
+                image = self._folder / image
         caption = row[self._fields.caption] if self._fields.caption else None
         label = row[self._fields.label] if self._fields.label else None
-        return Pair(key, image, _text(caption), _text(label))
+        return Pair(str(index), image, _text(caption), _text(label))
 
 
 class Shards(Pairs):
     """Tar files of the webdataset library: `key.png`, `key.txt`, `key.json`, ...
 
-    Shards are dealt to processes and their workers; where there are fewer shards than these, every
-    one reads all of them and keeps each n-th pair.
+    Shards are dealt to processes and their workers. Where they are fewer than these, or few and no
+    multiple of their number, every one reads all shards and keeps the batches that are its own:
+    some would run out of pairs otherwise.
 
     Args:
         urls: with braces, as `cc3m-{000..331}.tar`; several joined by `::`.
@@ -199,6 +218,8 @@ class Shards(Pairs):
                 rule = f"shard {url} does not exist ({len(self._urls)} shards are named)"
                 raise refusal("data", urls, rule, "Check the path and the numbers in braces")
         self._num_pairs = num_pairs if num_pairs is not None else self._counted()
+        if not self._num_pairs:
+            raise refusal("data", urls, "no pair can be read in these shards", "Check the files")
 
     def __len__(self) -> int:
         return self._num_pairs
@@ -210,38 +231,42 @@ class Shards(Pairs):
 
         order = np.random.default_rng(list(seed)).permutation(len(self._urls))
         urls = [self._urls[index] for index in order]
-        if len(urls) >= share.readers:
+        is_even = len(urls) % share.readers == 0
+        if len(urls) >= share.readers and (is_even or len(urls) > _FEW):
             mine = self._read(urls[share.number :: share.readers])
         else:
-            mine = islice(self._read(urls), share.number, None, share.readers)
+            every = self._read(urls, is_counted=share.number == 0)
+            mine = (pair for position, pair in enumerate(every) if share.has(position))
         rng = random.Random(f"{seed} {share.number}")
         shuffled: Iterator[Pair] = _shuffle(mine, _SHUFFLED, _SHUFFLED // 5, rng)
         return shuffled
 
-    def __iter__(self) -> Iterator[Pair]:
-        return self._read(self._urls)
+    def in_order(self, is_counted: bool = True) -> Iterator[Pair]:
+        return self._read(self._urls, is_counted)
 
-    def _read(self, urls: Sequence[str]) -> Iterator[Pair]:
+    def _read(self, urls: Sequence[str], is_counted: bool = True) -> Iterator[Pair]:
         from webdataset.tariterators import tarfile_samples
 
         broken = set()
         for url in urls:
 
             def skip(error: Exception, url: str = url) -> bool:
-                if url not in broken:  # a shard that ends too early is an error at several places
-                    broken.add(url)
+                if url not in broken and is_counted:  # one is an error at several places
                     self.skipped.add("broken shards", f"{url} ({error})")
+                broken.add(url)
                 return True
 
             for sample in tarfile_samples([{"url": url}], handler=skip):
                 yield self._pair(url, sample)
+            if url not in broken and not _has_an_end(url):
+                skip(EOFError("it has no end, as one that was cut off"))
 
     def _pair(self, url: str, sample: Mapping[str, Any]) -> Pair:
         names = [self._fields.image] if self._fields.image else _IMAGE_SUFFIXES
         image = next((sample[name] for name in names if name in sample), None)
         caption = _field(sample, self._fields.caption or "txt")
         label = _field(sample, self._fields.label) if self._fields.label else None
-        return Pair(f"{url}/{sample['__key__']}", image, caption, label)
+        return Pair(f"{Path(url).name}/{sample['__key__']}", image, caption, label)
 
     def _counted(self) -> int:
         folder = Path(self._urls[0]).parent
@@ -276,6 +301,16 @@ def _pairs_in(shard: Path) -> int:
     except (tarfile.TarError, OSError, EOFError):
         pass  # reading it counts it as broken
     return len(keys - {None})
+
+
+def _has_an_end(url: str) -> bool:
+    """Whether a local tar file ends with the two blocks of zeros that close it."""
+    if not (_is_local(url) and url.endswith(".tar")):
+        return True
+    with Path(url).open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1024))
+        return size >= 1024 and not any(file.read())
 
 
 def _field(sample: Mapping[str, Any], name: str) -> str | None:
@@ -323,10 +358,12 @@ def open_pairs(
         ValueError: it does not exist, or has no column of that name.
     """
     path = Path(data)
-    if ".tar" in data or data.startswith("pipe:"):
+    if re.search(r"\.tar(\.\w+)?(::|$)", data) or data.startswith("pipe:"):
         return Shards(data, fields, num_pairs)
     if path.is_dir() and (shards := sorted(path.glob("*.tar"))):
         return Shards("::".join(map(str, shards)), fields, num_pairs)
+    if num_pairs is not None:
+        raise refusal("train_num_pairs", num_pairs, f"{data} is no shard", "Leave it out")
     is_table = path.suffix in (".csv", ".tsv")
     if not path.exists() and (is_table or data.startswith((".", "/"))):
         raise refusal("data", data, "no such file or folder", "Check the path")
@@ -356,7 +393,8 @@ def _open_table(
     for name in (fields.image, fields.label):
         if name is not None and name not in rows.column_names:
             columns = ", ".join(rows.column_names)
-            raise refusal("column", name, f"not in {data}, which has {columns}", "Name one of them")
+            cure = "Name one of them" if len(rows.column_names) > 1 else "Set --csv_separator"
+            raise refusal("column", name, f"not in {data}, which has {columns}", cure)
     if fields.caption not in rows.column_names:
         if fields.label is None:
             columns = ", ".join(rows.column_names)
@@ -380,9 +418,22 @@ def _rows(path: Path, data: str, split: str, config: str | None, csv_separator: 
 
     if path.suffix in (".csv", ".tsv"):
         separator = "\t" if path.suffix == ".tsv" else csv_separator
-        return datasets.load_dataset("csv", data_files=data, delimiter=separator, split="train")
-    if path.is_dir() and (path / "dataset_info.json").exists():
+        with path.open(newline="") as file:
+            names = next(csv.reader(file, delimiter=separator), [])
+            lines = sum(bool(line.strip()) for line in file)
+        # As they are written: "null" is a caption, 000 a class.
+        features = datasets.Features({name: datasets.Value("string") for name in names})
+        options = {"delimiter": separator, "features": features, "keep_default_na": False}
+        rows = datasets.load_dataset("csv", data_files=data, split="train", **options)
+        if len(rows) != lines:
+            logger.warning(f"{data}: {lines} lines make {len(rows)} rows; check the quotes in it")
+        return rows
+    if (path / "dataset_info.json").is_file():
         return datasets.load_from_disk(data)
+    if (path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(data)[split]
+    if path.is_dir() and any(path.rglob("*.parquet")):
+        return datasets.load_dataset(data, split=split)
     if path.is_dir():
         return _image_folder(path, split)
     return datasets.load_dataset(data, config, split=split)

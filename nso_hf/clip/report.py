@@ -106,7 +106,9 @@ def plot_retrieval(
             side.set_visible(False)
     for line, (row, numbers) in zip(axes, ranked.items(), strict=True):
         caption = str(encoded.captions[row])
-        line[0].text(0, 0.5, textwrap.fill(caption[:90], 22), va="center", fontsize=8)
+        line[0].text(
+            0, 0.5, textwrap.fill(caption[:90], 22), parse_math=False, va="center", fontsize=8
+        )
         for axis, number in zip(line[1:], numbers, strict=False):
             axis.imshow(images[encoded.index[number]])
             if encoded.captions[number] == caption:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from nso_hf.clip.pairs import Pair, Pairs, Share, read_image
-from nso_hf.refusal import refusal
+from nso_hf.refusal import Refusal, refusal
 from nso_hf.side_effects import random_state_kept
 
 Transform = Callable[[Image.Image], Tensor]
@@ -25,7 +25,8 @@ class PairStream(IterableDataset[dict[str, Tensor]]):
 
     What an epoch yields is a function of the seed, the epoch and the pairs alone, augmentation
     included: a run that goes on from a checkpoint sees what it would have seen. Each process
-    yields the same number: where pairs are skipped, the first of another pass take their place.
+    yields the same number: where pairs are skipped, or a reader has fewer than the others, the
+    first of another pass take their place.
 
     Args:
         pairs: where they come from.
@@ -71,14 +72,6 @@ class PairStream(IterableDataset[dict[str, Tensor]]):
         """Which epoch the next iteration is of."""
         self._epoch.fill_(epoch)
 
-    def check(self) -> None:
-        """
-        Raises:
-            ValueError: not one of the pairs can be used.
-        """
-        next(iter(self))
-        self.pairs.skipped.reset()
-
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
@@ -98,8 +91,7 @@ class PairStream(IterableDataset[dict[str, Tensor]]):
             if left == 0:
                 return
             if left == before:
-                rule = f"no pair of a pass could be used (skipped: {self.pairs.skipped.counts})"
-                raise refusal("train_data", self.pairs.name, rule, "Check the files")
+                raise nothing_usable(self.pairs)
 
     def _example(self, pair: Pair, image: Image.Image, seed: str) -> dict[str, Tensor]:
         with random_state_kept(set()):
@@ -128,6 +120,21 @@ def usable(pair: Pair, pairs: Pairs, needs: str = "caption") -> Image.Image | No
     except Exception as error:  # decoders raise what they like
         skipped.add("unreadable images", f"{pair.key} ({error})")
         return None
+
+
+def check_usable(pairs: Pairs, needs: str = "caption") -> None:
+    """
+    Raises:
+        ValueError: not one of the pairs can be used.
+    """
+    if not any(usable(pair, pairs, needs) for pair in pairs):
+        raise nothing_usable(pairs)
+    pairs.skipped.reset()
+
+
+def nothing_usable(pairs: Pairs) -> Refusal:
+    rule = f"nothing of it could be used (skipped: {pairs.skipped.counts})"
+    return refusal("data", pairs.name, rule, "Check the files, columns and captions")
 
 
 class EvaluationStream(IterableDataset[Any]):
@@ -159,7 +166,8 @@ class EvaluationStream(IterableDataset[Any]):
         mine: list[tuple[int, Pair]] = []
         number = 0  # of the round
         index = -1
-        for index, pair in enumerate(self._pairs):
+        is_counted = self._process == worker == 0
+        for index, pair in enumerate(self._pairs.in_order(is_counted)):
             at, within = divmod(index, self._size * self._processes)
             if at > number:
                 if number % workers == worker:
@@ -175,7 +183,7 @@ class EvaluationStream(IterableDataset[Any]):
         kept = [(index, pair, image) for index, pair, image in decoded if image is not None]
         batch: dict[str, Any] = {
             "index": [index for index, _, _ in kept],
-            "pair": [(pair.key, pair.caption, pair.label) for _, pair, _ in kept],
+            "pair": [(pair.image_key, pair.caption, pair.label) for _, pair, _ in kept],
         }
         if kept:
             batch["image"] = torch.stack([self._transform(image) for _, _, image in kept])

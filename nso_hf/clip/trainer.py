@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip import CoCa
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -17,7 +18,7 @@ from transformers.utils import logging
 
 from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.backends import select
-from nso_hf.clip.evaluation import encode, retrieval
+from nso_hf.clip.evaluation import METRICS, encode, retrieval
 from nso_hf.clip.models import ClipModel, contrastive_loss, loss_of
 from nso_hf.clip.pairs import Pairs
 from nso_hf.clip.stream import PairStream
@@ -77,6 +78,8 @@ class CLIPConfig(NSOConfig):
         excluded = list(self.perturb_exclude or [])
         if not self.perturb_logit_scale and _LOGIT not in excluded:
             self.perturb_exclude = [*excluded, _LOGIT]
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("_rank"):
+            self.greater_is_better = False
         super().__post_init__()
 
 
@@ -141,6 +144,7 @@ class CLIPTrainer(NSOTrainer):
         if has_own_batches and not args.dataloader_drop_last:
             rule = "a smaller last batch, or one filled up with pairs it has, is another loss"
             raise refusal("dataloader_drop_last", False, rule, "Set it to true")
+        self._check_options(args)
         if isinstance(train_dataset, PairStream):
             self.add_callback(_Epoch(train_dataset))
         options: dict[str, Any] = {
@@ -158,6 +162,16 @@ class CLIPTrainer(NSOTrainer):
         self._logit_scale: Tensor | None = None
         self._micro_batches: list[Any] = []
         self._features: dict[Any, list[dict[str, Tensor]]] = {}
+
+    def _check_options(self, args: CLIPConfig) -> None:
+        best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        if args.load_best_model_at_end and best not in (known := ["loss", *METRICS]):
+            raise refusal("metric_for_best_model", best, "unknown", f"Use {', '.join(known)}")
+        defaults = {"coca_caption_weight": 2.0, "coca_contrastive_weight": 1.0}
+        for option, value in defaults.items():
+            if getattr(args, option) != value and not isinstance(self.clip.model, CoCa):
+                rule = f"{type(self.clip.model).__name__} has no caption loss"
+                raise refusal(option, getattr(args, option), rule, "Leave it out")
 
     # Data
 
@@ -244,7 +258,7 @@ class CLIPTrainer(NSOTrainer):
             module = self.nso_backend.module()
             devices = {self.args.device}
             # Random numbers go on where those of this micro-batch end, as they will when the
-            # following ones have their turn: their dropout masks will be the same.
+            # following ones have their turn: with common random numbers, the same dropout masks.
             with (
                 torch.no_grad(),
                 random_state_kept(devices),

@@ -98,6 +98,50 @@ def test_a_collapsed_model_is_last_not_first():
     assert metrics["text_to_image_mean_rank"] == 10
 
 
+@pytest.mark.parametrize("broken", ["images", "texts", "both"])
+def test_a_diverged_model_is_last(broken):
+    good, bad = features(10), torch.full((10, 6), torch.nan)
+    images = good if broken == "texts" else bad
+    metrics = retrieval(encoded(images, good if broken == "images" else bad)).metrics
+    assert metrics["image_to_text_recall@5"] == metrics["text_to_image_recall@5"] == 0
+    assert metrics["text_to_image_mean_rank"] == 10
+
+
+def test_a_diverged_model_classifies_nothing():
+    clip = tiny_clip()
+    images = encode(clip.model, clip, rows(8), Accelerator(cpu=True), batch_size=4, needs="label")
+    with torch.no_grad():
+        clip.model.text_projection.fill_(torch.nan)
+    result, _ = zero_shot(clip.model, clip, images, ["even", "odd"], ["{}"], device="cpu")
+    assert result.top1 == 0
+    bad = encoded(torch.full((8, 6), torch.nan), None, labels=["a", "b"] * 4)
+    assert linear_probe(bad, ["a", "b"]).top1 == 0
+
+
+def test_one_image_in_several_rows_is_one_candidate():
+    """As COCO's captions come in tables and shards: each with a copy of the image."""
+    clip = tiny_clip()
+    examples = [{**row, "caption": f"{row['caption']} {i}"} for row in image_rows(4) for i in "abc"]
+    table = Table("rows", examples, Fields("image", "caption", "label"), None)
+    loss = contrastive_loss(clip.model)
+    result = encode(clip.model, clip, table, Accelerator(cpu=True), batch_size=5, loss=loss)
+    found = retrieval(result)
+    assert found.candidates == (12, 4)
+    assert [right.tolist() for right in found.right] == [[3] * 4, [1] * 12]
+
+
+def test_workers_are_started_once_and_count_once():
+    rows_ = [{"image": b"", "caption": "x"}, *image_rows(9)]
+    table = Table("rows", rows_, Fields("image", "caption"), None)
+    clip = tiny_clip()
+    for workers in (0, 2):
+        loss = contrastive_loss(clip.model)
+        encode(
+            clip.model, clip, table, Accelerator(cpu=True), batch_size=4, loss=loss, workers=workers
+        )
+        assert table.skipped.counts == {"unreadable images": 1}
+
+
 def rows(n):
     return Table("rows", image_rows(n), Fields("image", "caption", "label"), None)
 

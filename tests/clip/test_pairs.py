@@ -112,6 +112,13 @@ def test_shards_are_dealt_whole_and_read_once(tmp_path, counts, processes, worke
     assert again == epochs[0]
 
 
+@pytest.mark.parametrize(("counts", "readers"), [([48], 4), ([20, 20, 8], 2), ([16], 3)])
+def test_few_shards_give_each_pair_once_however_many_readers(tmp_path, counts, readers):
+    pairs = open_pairs(shards(tmp_path, counts), Fields())
+    seen = flat(batches(pairs, workers=readers))
+    assert sorted(seen) == list(range(sum(counts)))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fewer_shards_than_readers(tmp_path, workers):
     pairs = open_pairs(shards(tmp_path, [48]), Fields())
@@ -183,7 +190,7 @@ def test_a_pass_without_one_usable_pair_ends_in_an_error(tmp_path):
     write_shard(tmp_path / "s.tar", BROKEN)
     pairs = open_pairs(str(tmp_path / "s.tar"), Fields())
     assert len(pairs) == 5
-    message = r"train_data=.*no pair of a pass could be used \(skipped: .*'missing captions': 2"
+    message = r"data=.*nothing of it could be used \(skipped: .*'missing captions': 2"
     with pytest.raises(ValueError, match=message):
         batches(pairs)
 
@@ -222,6 +229,19 @@ def test_evaluation_rounds_cover_everything_once_and_are_as_many_for_all(process
                 assert numbers(batch) == batch["index"]
 
 
+def test_a_shard_cut_between_its_files_is_broken_too(tmp_path):
+    urls = shards(tmp_path, [6])
+    path = tmp_path / "s-000.tar"
+    path.write_bytes(path.read_bytes()[: 3 * 3 * 1024])  # three pairs of three files
+    pairs = open_pairs(urls, Fields())
+    made = EvaluationStream(pairs, pil_to_tensor, tokenize, round_size=4)
+    for workers in (0, 2):
+        pairs.skipped.reset()
+        found = [numbers(b) for b in DataLoader(made, batch_size=None, num_workers=workers)]
+        assert found == [[0, 1, 2]]
+        assert pairs.skipped.counts == {"broken shards": 1}
+
+
 def test_sizes_beside_the_shards_are_believed(tmp_path):
     urls = shards(tmp_path, [3, 4])
     assert len(open_pairs(urls, Fields())) == 7
@@ -249,12 +269,16 @@ def test_csv_files_as_open_clip_reads_them(tmp_path):
         writer.writerow(["gone.png", "none"])
     pairs = open_pairs(str(tmp_path / "pairs.csv"), Fields())
     found = list(pairs)
-    assert [pair.caption for pair in found] == ["zero", None, "two", "none"]
-    assert found[0].key == str(tmp_path / "0.png")
+    assert [pair.caption for pair in found] == ["zero", "", "two", "none"]
+    assert found[0].image_key == str(tmp_path / "0.png")
     assert read_image(found[2].image).getpixel((0, 0)) == (2, 0, 77)
     made = EvaluationStream(pairs, pil_to_tensor, tokenize, round_size=9)
     assert [numbers(batch) for batch in made] == [[0, 2]]
     assert pairs.skipped.counts == {"missing captions": 1, "unreadable images": 1}
+    literal = tmp_path / "literal.tsv"
+    literal.write_text("filepath\ttitle\tkind\n0.png\tnull\t000\n2.png\t1.0\tNA\n")
+    read = open_pairs(str(literal), Fields(label="kind"))
+    assert [(pair.caption, pair.label) for pair in read] == [("null", "000"), ("1.0", "NA")]
     renamed = open_pairs(str(tmp_path / "pairs.csv"), Fields(caption="filepath", image="filepath"))
     assert next(iter(renamed)).caption == "0.png"
     with pytest.raises(ValueError, match=r"caption_column='nothing': not in .* has filepath, "):
