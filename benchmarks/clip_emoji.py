@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.label_noise import mean
-from nso_hf.clip.evaluation import encode, zero_shot
+from nso_hf.clip.classification import zero_shot
+from nso_hf.clip.encoding import encode
 from nso_hf.clip.models import load_clip
-from nso_hf.clip.pairs import Fields, open_pairs
+from nso_hf.clip.pairs import Fields
+from nso_hf.clip.sources import open_pairs
 from nso_hf.clip.stream import PairStream
 from nso_hf.clip.trainer import CLIPConfig, CLIPTrainer
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace

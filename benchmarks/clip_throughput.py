@@ -26,7 +26,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nso_hf.clip.models import ClipModel, load_clip
-from nso_hf.clip.pairs import Fields, open_pairs
+from nso_hf.clip.pairs import Fields
+from nso_hf.clip.sources import open_pairs
 from nso_hf.clip.stream import PairStream
 from nso_hf.clip.trainer import CLIPConfig, CLIPTrainer
 

@@ -3,7 +3,8 @@
 import re
 from functools import cache
 
-from nso_hf.clip.pairs import Fields, Table
+from nso_hf.clip.pairs import Fields
+from nso_hf.clip.table import Table
 from nso_hf.refusal import refusal
 
 _KINDS = {

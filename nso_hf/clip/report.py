@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nso_hf.clip.evaluation import RECALLS, Encoded, best_images
+from nso_hf.clip.encoding import Encoded
 from nso_hf.clip.pairs import Pairs, read_image
+from nso_hf.clip.retrieval import RECALLS, best_images
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,9 +18,10 @@ from transformers.utils import logging
 
 from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.backends import select
-from nso_hf.clip.evaluation import METRICS, encode, retrieval
+from nso_hf.clip.encoding import encode
 from nso_hf.clip.models import ClipModel, contrastive_loss, loss_of
 from nso_hf.clip.pairs import Pairs
+from nso_hf.clip.retrieval import METRICS, retrieval
 from nso_hf.clip.stream import PairStream
 from nso_hf.refusal import refusal
 from nso_hf.side_effects import random_state_kept, running_statistics_kept

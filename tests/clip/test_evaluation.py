@@ -10,17 +10,13 @@ from accelerate import Accelerator
 from open_clip_train.train import get_clip_metrics
 from sklearn.linear_model import LogisticRegression
 
-from nso_hf.clip import evaluation
-from nso_hf.clip.evaluation import (
-    Encoded,
-    class_names,
-    encode,
-    linear_probe,
-    retrieval,
-    zero_shot,
-)
+import nso_hf.clip.retrieval as retrieval_module
+from nso_hf.clip.classification import class_names, linear_probe, zero_shot
+from nso_hf.clip.encoding import Encoded, encode
 from nso_hf.clip.models import contrastive_loss
-from nso_hf.clip.pairs import Fields, Table
+from nso_hf.clip.pairs import Fields
+from nso_hf.clip.retrieval import retrieval
+from nso_hf.clip.table import Table
 from tests.clip.reference import image_rows, tiny_clip
 
 
@@ -39,7 +35,7 @@ def features(n, dim=6, seed=0):
 
 @pytest.mark.parametrize("chunk", [3, 1024])
 def test_retrieval_is_that_of_open_clip(chunk, monkeypatch):
-    monkeypatch.setattr(evaluation, "_CHUNK", chunk)
+    monkeypatch.setattr(retrieval_module, "_CHUNK", chunk)
     images, texts = features(40), features(40, seed=1)
     texts = torch.nn.functional.normalize(texts + images, dim=1)
     metrics = retrieval(encoded(images, texts)).metrics

@@ -16,8 +16,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from nso_hf.clip.pairs import Fields, Shards, Table, open_pairs, read_image
+from nso_hf.clip.pairs import Fields, read_image
+from nso_hf.clip.shards import Shards
+from nso_hf.clip.sources import open_pairs
 from nso_hf.clip.stream import EvaluationStream, PairStream
+from nso_hf.clip.table import Table
 from tests.clip.reference import tokenize
 
 
@@ -333,7 +336,7 @@ def test_what_does_not_exist_is_refused_when_it_is_opened(tmp_path):
     with pytest.raises(ValueError, match=r"data='gone.csv': no such file"):
         open_pairs("gone.csv", Fields())
     with pytest.raises(ValueError, match="how many pairs remote shards hold is unknown"):
-        open_pairs("https://example.org/{00..10}.tar", Fields())
+        stream(open_pairs("https://example.org/{00..10}.tar", Fields()))
     with pytest.raises(
         ValueError, match="has 3 pairs, fewer than the batch of an optimizer step, 4 x 1 x 1"
     ):

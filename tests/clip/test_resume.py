@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from nso_hf.clip.pairs import Fields, Table, open_pairs
+from nso_hf.clip.pairs import Fields
+from nso_hf.clip.sources import open_pairs
 from nso_hf.clip.stream import PairStream
+from nso_hf.clip.table import Table
 from nso_hf.clip.trainer import CLIPTrainer
 from tests.clip.reference import TINY, clip_config, image_rows, tiny_clip
 from tests.clip.test_pairs import BROKEN, shards, write_shard

@@ -122,7 +122,8 @@ def test_alternating_signs_need_shared_weights(run, back_end):
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_evaluation_and_curvature_are_those_of_one_process(run, back_end, tmp_path):
-    from nso_hf.clip.pairs import Fields, Table
+    from nso_hf.clip.pairs import Fields
+    from nso_hf.clip.table import Table
     from nso_hf.clip.trainer import CLIPTrainer
     from nso_hf.curvature import hessian_trace
     from tests.clip.reference import clip_config

@@ -355,7 +355,8 @@ def watch(case, directory):
 
 def clip(case, directory):
     """A model of open_clip trained on the global batch, then evaluated and measured."""
-    from nso_hf.clip.pairs import Fields, Table
+    from nso_hf.clip.pairs import Fields
+    from nso_hf.clip.table import Table
     from nso_hf.clip.trainer import CLIPTrainer
     from tests.clip.reference import clip_config, image_rows, pair_data, tiny_clip
 
