@@ -99,7 +99,8 @@ def encode(
         rounds = -(-len(pairs) // (batch_size * accelerator.num_processes))
     except Refusal:  # of remote shards: the bar has no end
         rounds = None
-    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    own = torch.Generator()  # or it would draw from the global one, and training go on otherwise
+    loader = DataLoader(stream, batch_size=None, num_workers=workers, generator=own)
     size = image_size(clip.model)
     hidden = not accelerator.is_local_main_process
     found: list[dict[str, Any]] = []

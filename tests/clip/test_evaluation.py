@@ -146,8 +146,9 @@ def test_encoding_is_that_of_the_model_and_leaves_it_as_it_was():
     clip = tiny_clip()
     clip.model.train()
     loss = contrastive_loss(clip.model)
+    state = torch.get_rng_state()
     result = encode(clip.model, clip, rows(11), Accelerator(cpu=True), batch_size=4, loss=loss)
-    assert clip.model.training
+    assert clip.model.training and torch.equal(state, torch.get_rng_state())
     clip.model.eval()
     images = torch.stack([clip.eval_transform(row["image"]) for row in image_rows(11)])
     texts = clip.tokenizer([row["caption"] for row in image_rows(11)])
