@@ -49,7 +49,7 @@ def _traceback(output: str) -> str:
     """Of a process that failed by itself, not because another had; or the end of the output."""
     lines = output.splitlines()
     ranks = ["\n".join(x for x in lines if x.startswith(f"[rank{r}]")) for r in range(8)]
-    own = [text for text in ranks if text and "closed by peer" not in text]
+    own = [text for text in ranks if "Traceback" in text and "closed by peer" not in text]
     return (own or [output])[0][-4000:]
 
 
