@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.label_noise import mean
+from benchmarks.label_noise import mean, table
+from nso_hf.clip.arguments import CLIPConfig
 from nso_hf.clip.classification import zero_shot
 from nso_hf.clip.encoding import encode
 from nso_hf.clip.models import load_clip
 from nso_hf.clip.pairs import Fields
 from nso_hf.clip.sources import open_pairs
 from nso_hf.clip.stream import PairStream
-from nso_hf.clip.trainer import CLIPConfig, CLIPTrainer
+from nso_hf.clip.trainer import CLIPTrainer
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
 
 MODEL = Path(__file__).parent.parent / "recipes" / "configs" / "vit-tiny-64.json"
@@ -115,21 +116,6 @@ def run(way: str, seed: int, epochs: int, data: Path) -> dict[str, float]:
     }
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
-    lines = [
-        "| training, sigma | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|" + "---|" * len(COLUMNS),
-    ]
-    for way, runs in results.items():
-        cells = []
-        for name in COLUMNS:
-            value, stderr = mean([run[name] for run in runs])
-            digits = 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
-            cells.append(f"{value:.{digits}f} ± {stderr:.{digits}f}")
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     import matplotlib
 
@@ -176,7 +162,7 @@ def main() -> None:
             print(f"seed {seed}, {way}: {shown}, {figures['seconds']:.0f} s", flush=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
     results = {way: runs for way, runs in results.items() if runs}
-    print(table(results))
+    print(table(results, COLUMNS))
     plot(results, options.output.with_suffix(".png"))
 
 

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from nso_hf.clip.arguments import CLIPConfig
 from nso_hf.clip.models import ClipModel, load_clip
 from nso_hf.clip.pairs import Fields
 from nso_hf.clip.sources import open_pairs
 from nso_hf.clip.stream import PairStream
-from nso_hf.clip.trainer import CLIPConfig, CLIPTrainer
+from nso_hf.clip.trainer import CLIPTrainer
 
 WAYS: dict[str, dict[str, Any]] = {
     "open_clip": {},

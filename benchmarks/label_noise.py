@@ -138,16 +138,17 @@ def mean(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), stderr
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def table(results: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> str:
+    """Means and standard errors over seeds, a row for each training."""
     lines = [
-        "| training, sigma | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|" + "---|" * len(COLUMNS),
+        "| training, sigma | " + " | ".join(columns.values()) + " |",
+        "|---|" + "---|" * len(columns),
     ]
     for way, runs in results.items():
         cells = []
-        for name in COLUMNS:
+        for name in columns:
             value, stderr = mean([run[name] for run in runs])
-            digits = 2 if abs(value) < 10 else 1
+            digits = 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
             cells.append(f"{value:.{digits}f} ± {stderr:.{digits}f}")
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -191,7 +192,7 @@ def main() -> None:
             print(way, seed, {k: round(v, 3) for k, v in results[way][-1].items()}, flush=True)
     options.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, options.output.with_suffix(".png"))
-    print(table(results))
+    print(table(results, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -26,16 +26,17 @@ from transformers import set_seed
 
 from nso_hf import NSOArguments
 from nso_hf.checkpoints import checkpoint_to_resume, how_to_go_on
+from nso_hf.clip.arguments import CLIPConfig
 from nso_hf.clip.classification import check_probe, class_names, linear_probe, zero_shot
 from nso_hf.clip.encoding import Encoded, encode
-from nso_hf.clip.models import ClipModel, contrastive_loss, load_clip, lock
+from nso_hf.clip.models import ClipModel, load_clip, lock
 from nso_hf.clip.openmoji import openmoji_pairs
 from nso_hf.clip.pairs import Fields, Pairs
 from nso_hf.clip.report import plot_retrieval, print_results
 from nso_hf.clip.retrieval import retrieval
 from nso_hf.clip.sources import open_pairs
 from nso_hf.clip.stream import PairStream, check_usable
-from nso_hf.clip.trainer import CLIPConfig, CLIPTrainer
+from nso_hf.clip.trainer import CLIPTrainer
 from nso_hf.command_line import RecipeParser
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
 from nso_hf.plots import plot_training
@@ -427,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
         "workers": args.dataloader_num_workers,
     }
     if held_out is not None:
-        loss = contrastive_loss(clip.model)
+        loss = trainer.loss_of_batch
         encoded = encode(trainer.module, clip, held_out, trainer.accelerator, loss=loss, **encoding)
         found = retrieval(encoded, args.device)
         texts, images = found.candidates

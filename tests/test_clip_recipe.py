@@ -146,24 +146,14 @@ def test_ways_to_train(tmp_path, options):
     assert len(losses) == 2 and losses[0] != losses[1]
 
 
-def test_resume_is_the_uninterrupted_run(tmp_path):
+def test_resume_is_the_uninterrupted_run(tmp_path, interrupt_at):
     saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 9}
     main(flags(tmp_path, tmp_path / "whole", **saving))
-    from transformers import Trainer
-
-    original = Trainer._maybe_log_save_evaluate
-
-    def interrupt(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-
-    Trainer._maybe_log_save_evaluate = interrupt
-    try:
-        with pytest.raises(SystemExit, match=r"Interrupted at step 5; .*checkpoint-4.*goes on"):
-            main(flags(tmp_path, tmp_path / "part", **saving))
-    finally:
-        Trainer._maybe_log_save_evaluate = original
+    with (
+        interrupt_at(5),
+        pytest.raises(SystemExit, match=r"Interrupted at step 5; .*checkpoint-4.*goes on"),
+    ):
+        main(flags(tmp_path, tmp_path / "part", **saving))
     main(flags(tmp_path, tmp_path / "part", **saving, resume_from_checkpoint="last"))
     a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "part"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

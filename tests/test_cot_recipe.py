@@ -119,26 +119,16 @@ def test_curvature_is_in_the_table_and_leaves_training_alone(tmp_path, capsys):
     assert json.loads((tmp_path / "plain" / "results.json").read_text())["curvature"] is None
 
 
-def test_resume_is_the_uninterrupted_run(tmp_path, capsys):
+def test_resume_is_the_uninterrupted_run(tmp_path, interrupt_at):
     model = save_model("gpt2", tmp_path / "model")
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "lora_r": 4, "seed": 5}
     main(flags(model, tmp_path / "whole", **saving))
     # A run that ends at 3 of 6 steps: interrupted just after the checkpoint.
-    from transformers import Trainer
-
-    original = Trainer._maybe_log_save_evaluate
-
-    def interrupt(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        if self.state.global_step == 4:
-            raise KeyboardInterrupt
-
-    Trainer._maybe_log_save_evaluate = interrupt
-    try:
-        with pytest.raises(SystemExit, match=r"Interrupted at step 4; .*checkpoint-3.*goes on"):
-            main(flags(model, tmp_path / "part", **saving))
-    finally:
-        Trainer._maybe_log_save_evaluate = original
+    with (
+        interrupt_at(4),
+        pytest.raises(SystemExit, match=r"Interrupted at step 4; .*checkpoint-3.*goes on"),
+    ):
+        main(flags(model, tmp_path / "part", **saving))
     main(flags(model, tmp_path / "part", **saving, resume_from_checkpoint="last"))
     from safetensors.torch import load_file
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from nso_hf.clip.models import ClipModel, loss_of
+from nso_hf.clip.loss import loss_of
+from nso_hf.clip.models import ClipModel
 from nso_hf.clip.pairs import Pairs
 from nso_hf.clip.stream import EvaluationStream, nothing_usable
 from nso_hf.refusal import Refusal

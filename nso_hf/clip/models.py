@@ -1,4 +1,4 @@
-"""Models of open_clip with what goes with them: tokenizer, image transforms, loss."""
+"""Models of open_clip with what goes with them: tokenizer and image transforms."""
 
 import json
 import logging
@@ -12,7 +12,6 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import get_model_config, parse_model_name
-from open_clip.loss import SigLipLoss
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
@@ -210,46 +209,6 @@ def _check_image_size(image_size: int, config: Mapping[str, Any]) -> None:
         rule = f"not a multiple of the model's patches of {patch} pixels"
         near = max(1, round(image_size / patch)) * patch
         raise refusal("image_size", image_size, rule, f"Use {near}, or another multiple")
-
-
-def contrastive_loss(
-    model: nn.Module,
-    *,
-    process: int = 0,
-    processes: int = 1,
-    local_loss: bool = True,
-    caption_weight: float = 2.0,
-    contrastive_weight: float = 1.0,
-) -> nn.Module:
-    """open_clip's loss for the outputs of `model`: sigmoid where it has a bias of the logits, with
-    the caption's where it has a decoder, else softmax.
-
-    With several processes it is of the features of all of them, and its gradient too: the mean over
-    processes of the losses has the gradient of the loss of the whole batch. `local_loss` computes
-    on each process the rows of the logits that are its own; otherwise each computes all of them.
-    """
-    options: dict[str, Any] = {"rank": process, "world_size": processes}
-    loss: nn.Module
-    if isinstance(model, open_clip.CoCa):
-        loss = open_clip.CoCaLoss(
-            caption_loss_weight=caption_weight,
-            clip_loss_weight=contrastive_weight,
-            pad_id=model.pad_id,
-            local_loss=local_loss,
-            gather_with_grad=True,
-            **options,
-        )
-    elif getattr(model, "logit_bias", None) is not None:
-        loss = SigLipLoss(dist_impl="gather", **options)
-    else:
-        loss = open_clip.ClipLoss(local_loss=local_loss, gather_with_grad=True, **options)
-    return loss
-
-
-def loss_of(loss: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
-    """The scalar loss of a model's outputs, the sum of its parts."""
-    total: Tensor = sum(loss(**outputs, output_dict=True).values())
-    return total.squeeze()
 
 
 def text_features(model: nn.Module, text: Tensor, is_coca: bool, image_size: Any) -> Tensor:

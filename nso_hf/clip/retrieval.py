@@ -65,12 +65,9 @@ def retrieval(encoded: Encoded, device: torch.device | str = "cpu") -> Retrieval
     right one counts as before it: a model that maps everything to one point comes last, not first.
     """
     assert encoded.texts is not None
-    keys, image_of = np.unique(encoded.keys, return_index=False, return_inverse=True)
-    captions, text_of = np.unique(
-        np.array(encoded.captions, dtype=object).astype(str), return_inverse=True
-    )
-    first_image = _first(image_of, len(keys))
-    first_text = _first(text_of, len(captions))
+    _, first_image, image_of = np.unique(encoded.keys, return_index=True, return_inverse=True)
+    captions = np.array(encoded.captions, dtype=object).astype(str)
+    _, first_text, text_of = np.unique(captions, return_index=True, return_inverse=True)
     images = encoded.images[first_image].to(device)
     texts = encoded.texts[first_text].to(device)
     links = torch.from_numpy(np.unique(np.stack([image_of, text_of]), axis=1))
@@ -80,12 +77,6 @@ def retrieval(encoded: Encoded, device: torch.device | str = "cpu") -> Retrieval
         right=(torch.bincount(links[0]), torch.bincount(links[1])),
         candidates=(len(texts), len(images)),
     )
-
-
-def _first(groups: np.ndarray, number: int) -> Tensor:
-    first = np.full(number, len(groups))
-    np.minimum.at(first, groups, np.arange(len(groups)))
-    return torch.from_numpy(first)
 
 
 def _ranks(queries: Tensor, candidates: Tensor, query_of: Tensor, right: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ import random
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from nso_hf.clip.pairs import Fields, Pair, Pairs, Share, text_of
 from nso_hf.refusal import refusal
@@ -70,7 +72,8 @@ class Shards(Pairs):
         return self._read(self._urls, is_counted)
 
     def _read(self, urls: Sequence[str], is_counted: bool = True) -> Iterator[Pair]:
-        from webdataset.tariterators import tarfile_samples
+        from webdataset.gopen import gopen
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         broken = set()
         for url in urls:
@@ -81,8 +84,17 @@ class Shards(Pairs):
                 broken.add(url)
                 return True
 
-            for sample in tarfile_samples([{"url": url}], handler=skip):
-                yield self._pair(url, sample)
+            try:
+                stream = gopen(url)
+            except OSError as error:
+                skip(error)
+                continue
+            with closing(stream):
+                source = {"url": url, "stream": stream}
+                for sample in group_by_keys(
+                    tar_file_expander([source], handler=skip), handler=skip
+                ):
+                    yield self._pair(url, sample)
             if url not in broken and not _has_an_end(url):
                 skip(EOFError("it has no end, as one that was cut off"))
 
@@ -104,7 +116,8 @@ class Shards(Pairs):
             return int(length.read_text())
         if not all(map(_is_local, self._urls)):
             return None
-        return sum(_pairs_in(Path(url)) for url in self._urls)
+        counting = tqdm(self._urls, desc="Counting pairs in shards", delay=3, leave=False)
+        return sum(_pairs_in(Path(url)) for url in counting)
 
 
 def _is_local(url: str) -> bool:

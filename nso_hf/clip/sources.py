@@ -54,9 +54,9 @@ def _open_table(
         defaults, folder = Fields("filepath", "title", None), path.parent
     try:
         rows = _rows(path, data, split, config, csv_separator)
-    except Exception as error:  # not there, no network, no such split, no table: of many kinds
-        if isinstance(error, Refusal):
-            raise
+    except Refusal:
+        raise
+    except Exception as error:  # of that library, pandas, the hub, the file system: of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         cure = "Check the path or id, the split and the network"
         raise refusal("data", data, reason, cure) from error

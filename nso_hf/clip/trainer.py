@@ -1,9 +1,7 @@
 """The Trainer for models of open_clip: its loss is of the whole batch of an optimizer step."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,72 +14,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from nso_hf import NSOConfig, NSOTrainer
+from nso_hf import NSOTrainer
 from nso_hf.backends import select
+from nso_hf.clip.arguments import CLIPConfig
 from nso_hf.clip.encoding import encode
-from nso_hf.clip.models import ClipModel, contrastive_loss, loss_of
+from nso_hf.clip.logit_scale import groups_of_logit_scale, keep_logit_scale_in_bounds
+from nso_hf.clip.loss import contrastive_loss, loss_of
+from nso_hf.clip.models import ClipModel
 from nso_hf.clip.pairs import Pairs
 from nso_hf.clip.retrieval import METRICS, retrieval
 from nso_hf.clip.stream import PairStream
 from nso_hf.refusal import refusal
 from nso_hf.side_effects import random_state_kept, running_statistics_kept
 
-MAX_LOGIT_SCALE = math.log(100)  # of the paper of CLIP, arXiv 2103.00020
-
 logger = logging.get_logger(__name__)
 
-_LOGIT = r"\blogit_(scale|bias)$"
 _WITHOUT_DECAY = re.compile("bn|ln|bias|logit_scale")  # as open_clip, which adds all vectors
 _FEATURES = ("image_features", "text_features")
-
-
-@dataclass
-class CLIPConfig(NSOConfig):
-    """`NSOConfig` with the defaults of CLIP pretraining (arXiv 2306.08553, 2103.00020)."""
-
-    _argument_group_name = "training"
-
-    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
-    weight_decay: float = field(
-        default=0.1, metadata={"help": "Of matrices; gains, biases and logit_scale have none."}
-    )
-    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "After the warm-up."})
-    per_device_train_batch_size: int = field(
-        default=128, metadata={"help": "Pairs of one process in a forward pass."}
-    )
-    per_device_eval_batch_size: int = field(
-        default=128,
-        metadata={"help": "Pairs the validation loss is taken over, and encoded at a time."},
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Set it where parts of the model get no gradient."}
-    )
-    local_loss: bool = field(
-        default=True,
-        metadata={
-            "help": "Each process computes its own rows of the logits of the global batch; if "
-            "false, all of them. The gradient is the same."
-        },
-    )
-    perturb_logit_scale: bool = field(
-        default=False, metadata={"help": "Perturb logit_scale and logit_bias too."}
-    )
-    coca_caption_weight: float = field(
-        default=2.0, metadata={"help": "Weight of CoCa's caption loss."}
-    )
-    coca_contrastive_weight: float = field(
-        default=1.0, metadata={"help": "Weight of CoCa's contrastive loss."}
-    )
-
-    def __post_init__(self) -> None:
-        excluded = list(self.perturb_exclude or [])
-        if not self.perturb_logit_scale and _LOGIT not in excluded:
-            self.perturb_exclude = [*excluded, _LOGIT]
-        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("_rank"):
-            self.greater_is_better = False
-        super().__post_init__()
 
 
 class _Epoch(TrainerCallback):
@@ -152,7 +101,7 @@ class CLIPTrainer(NSOTrainer):
             "caption_weight": args.coca_caption_weight,
             "contrastive_weight": args.coca_contrastive_weight,
         }
-        self._loss_of_batch = contrastive_loss(clip.model, **options)
+        self.loss_of_batch = contrastive_loss(clip.model, **options)
         self._loss_of_global_batch = contrastive_loss(
             clip.model,
             process=args.process_index,
@@ -168,9 +117,9 @@ class CLIPTrainer(NSOTrainer):
         best = (args.metric_for_best_model or "loss").removeprefix("eval_")
         if args.load_best_model_at_end and best not in (known := ["loss", *METRICS]):
             raise refusal("metric_for_best_model", best, "unknown", f"Use {', '.join(known)}")
-        defaults = {"coca_caption_weight": 2.0, "coca_contrastive_weight": 1.0}
-        for option, value in defaults.items():
-            if getattr(args, option) != value and not isinstance(self.clip.model, CoCa):
+        for option in ("coca_caption_weight", "coca_contrastive_weight"):
+            is_default = getattr(args, option) == getattr(CLIPConfig, option)
+            if not is_default and not isinstance(self.clip.model, CoCa):
                 rule = f"{type(self.clip.model).__name__} has no caption loss"
                 raise refusal(option, getattr(args, option), rule, "Leave it out")
 
@@ -202,7 +151,7 @@ class CLIPTrainer(NSOTrainer):
     # Loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        if not _groups_of_logit_scale(self.optimizer):
+        if not groups_of_logit_scale(self.optimizer):
             rule = "one that the Trainer does not make would not keep logit_scale in bounds"
             cure = "Leave it out of the back end's configuration, and set --optim"
             raise refusal("optimizer", type(self.optimizer).__name__, rule, cure)
@@ -225,7 +174,7 @@ class CLIPTrainer(NSOTrainer):
     ) -> Any:
         outputs = model(**inputs)
         if self._nso_point is None:
-            loss = loss_of(self._loss_of_batch, outputs)
+            loss = loss_of(self.loss_of_batch, outputs)
         else:
             self._logit_scale = outputs["logit_scale"].detach()
             loss = loss_of(self._loss_of_global_batch, self._among_micro_batches(outputs))
@@ -256,31 +205,20 @@ class CLIPTrainer(NSOTrainer):
         assert self._nso_point is not None
         point = (self._nso_point.displacement, self._nso_point.sign)
         if point not in self._features:
-            module = self.nso_backend.module()
-            devices = {self.args.device}
+            number, module = len(self._micro_batches), self.nso_backend.module()
+            encoded = {mine: {name: outputs[name].detach() for name in _FEATURES}}
             # Random numbers go on where those of this micro-batch end, as they will when the
             # following ones have their turn: with common random numbers, the same dropout masks.
             with (
                 torch.no_grad(),
-                random_state_kept(devices),
+                random_state_kept({self.args.device}),
                 running_statistics_kept(module),
             ):
-                others = range(len(self._micro_batches))
-                self._features[point] = [
-                    {name: outputs[name].detach() for name in _FEATURES}
-                    if number == mine
-                    else self._encoded(module, self._micro_batches[number])
-                    for number in [*others[mine:], *others[:mine]]
-                ]
-            turn = len(others) - mine
-            found = self._features[point]
-            self._features[point] = found[turn:] + found[:turn]
+                for other in [*range(mine + 1, number), *range(mine)]:
+                    found = module(**self._prepare_inputs(self._micro_batches[other]))
+                    encoded[other] = {name: found[name] for name in _FEATURES}
+            self._features[point] = [encoded[m] for m in range(number)]
         return self._features[point]
-
-    def _encoded(self, module: nn.Module, batch: Any) -> dict[str, Tensor]:
-        inputs = self._prepare_inputs(batch)
-        outputs = module(**inputs)
-        return {name: outputs[name] for name in _FEATURES}
 
     # Optimizer
 
@@ -293,10 +231,7 @@ class CLIPTrainer(NSOTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         optimizer = super().create_optimizer(model)
-        if not _groups_of_logit_scale(optimizer):
-            # A group of its own, since some back ends flatten groups into single tensors.
-            own_group(optimizer, self.clip.model if model is None else model, "logit_scale")
-            optimizer.register_step_post_hook(_clamp_logit_scale)
+        keep_logit_scale_in_bounds(optimizer, self.clip.model if model is None else model)
         return optimizer
 
     # Logs, evaluation, files
@@ -322,7 +257,7 @@ class CLIPTrainer(NSOTrainer):
             self.accelerator,
             batch_size=self.args.per_device_eval_batch_size,
             workers=self.args.dataloader_num_workers,
-            loss=self._loss_of_batch,
+            loss=self.loss_of_batch,
         )
         metrics = {"loss": encoded.loss} | retrieval(encoded, self.args.device).metrics
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -339,25 +274,3 @@ class CLIPTrainer(NSOTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.clip.write_config(Path(output_dir or str(self.args.output_dir)))
-
-
-def own_group(optimizer: Optimizer, model: nn.Module, name: str) -> None:
-    """Move the parameter of this name into a group of its own, marked with its name."""
-    parameter = dict(model.named_parameters()).get(name)
-    for group in list(optimizer.param_groups):
-        others = [p for p in group["params"] if p is not parameter]
-        if len(others) < len(group["params"]):
-            group["params"] = others
-            options = {key: value for key, value in group.items() if key != "params"}
-            optimizer.add_param_group({**options, "params": [parameter], name: True})
-
-
-def _groups_of_logit_scale(optimizer: Any) -> list[dict[str, Any]]:
-    return [group for group in optimizer.param_groups if group.get("logit_scale")]
-
-
-@torch.no_grad()
-def _clamp_logit_scale(optimizer: Optimizer, *args: Any) -> None:
-    for group in _groups_of_logit_scale(optimizer):
-        for parameter in group["params"]:
-            parameter.clamp_(0, MAX_LOGIT_SCALE)

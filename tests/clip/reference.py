@@ -12,8 +12,8 @@ from open_clip.loss import SigLipLoss
 from PIL import Image
 from torch import Tensor, nn
 
+from nso_hf.clip.arguments import CLIPConfig
 from nso_hf.clip.models import ClipModel, load_clip
-from nso_hf.clip.trainer import CLIPConfig
 from nso_hf.noise import Noise
 from tests.reference import whole_noise
 

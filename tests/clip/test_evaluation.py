@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 import nso_hf.clip.retrieval as retrieval_module
 from nso_hf.clip.classification import class_names, linear_probe, zero_shot
 from nso_hf.clip.encoding import Encoded, encode
-from nso_hf.clip.models import contrastive_loss
+from nso_hf.clip.loss import contrastive_loss
 from nso_hf.clip.pairs import Fields
 from nso_hf.clip.retrieval import retrieval
 from nso_hf.clip.table import Table

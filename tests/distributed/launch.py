@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def torchrun(
     flags = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     command = [sys.executable, "-m", "torch.distributed.run", *flags, *program]
     return run_processes(command, timeout, measured)
+
+
+def launched(
+    cases: dict[str, dict[str, Any]], directory: Path, measured: bool = False
+) -> "Future[list[dict[str, dict[str, Any]]]]":
+    """`launch` for several tests: each that asks for the `result()` gets it, or the error."""
+    outcome: Future[list[dict[str, dict[str, Any]]]] = Future()
+    try:
+        outcome.set_result(launch(cases, directory, measured=measured))
+    except Exception as error:
+        outcome.set_exception(error)
+    return outcome
 
 
 def launch(

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.distributed.back_ends import BACK_ENDS, assert_is
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch, launched
 from tests.reference import (
     causal_loss_sum,
     config,
@@ -63,13 +63,6 @@ CASES = {
 }
 
 
-def launch_or_error(cases, directory, processes=2):
-    try:
-        return launch(cases, directory, processes)
-    except Exception as error:
-        return error
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The results of a back end's cases on each rank, all run when the first is asked for."""
@@ -80,12 +73,10 @@ def run(tmp_path_factory):
         cases = {
             name: {"back_end": back_end, **case} for name, case in CASES.items() if name != unfit
         }
-        return launch_or_error(cases, tmp_path_factory.mktemp("back_ends"))
+        return launched(cases, tmp_path_factory.mktemp("back_ends"))
 
     def results(back_end, name):
-        ranks = run_once(back_end)
-        if isinstance(ranks, Exception):
-            raise ranks
+        ranks = run_once(back_end).result()
         for rank in ranks:
             if "plain" not in name:
                 assert_is(back_end, rank[name], processes=2)

@@ -7,7 +7,7 @@ import torch
 
 from tests.clip.reference import image_rows, pair_data, reference_clip, tiny_clip
 from tests.distributed.back_ends import assert_is
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch, launched
 
 pytestmark = pytest.mark.distributed
 
@@ -53,17 +53,10 @@ def run(tmp_path_factory):
     @cache
     def run_once(back_end):
         cases = {name: {"back_end": back_end, **case} for name, case in cases_of(back_end).items()}
-        try:
-            directory = tmp_path_factory.mktemp("clip")
-            return launch(cases, directory, measured=back_end == "ddp")
-        except Exception as error:
-            return error
+        return launched(cases, tmp_path_factory.mktemp("clip"), measured=back_end == "ddp")
 
     def results(back_end, name):
-        ranks = run_once(back_end)
-        if isinstance(ranks, Exception):
-            raise ranks
-        return [rank[name] for rank in ranks]
+        return [rank[name] for rank in run_once(back_end).result()]
 
     return results
 

@@ -15,7 +15,7 @@ from nso_hf.curvature import (
     training_batches,
 )
 from tests.distributed.back_ends import BACK_ENDS, assert_is
-from tests.distributed.launch import launch
+from tests.distributed.launch import launched
 from tests.reference import config, tiny_llama, token_data
 
 pytestmark = pytest.mark.distributed
@@ -44,15 +44,10 @@ def run(tmp_path_factory):
             for name, case in CASES.items()
             if not ("bf16" in case and back_end.startswith("zero"))
         }
-        try:
-            return launch(cases, tmp_path_factory.mktemp("curvature"))
-        except Exception as error:
-            return error
+        return launched(cases, tmp_path_factory.mktemp("curvature"))
 
     def results(back_end, name):
-        ranks = run_once(back_end)
-        if isinstance(ranks, Exception):
-            raise ranks
+        ranks = run_once(back_end).result()
         for rank in ranks:
             assert_is(back_end, rank[name], processes=2)
         return [rank[name] for rank in ranks]

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from tests.distributed.back_ends import BACK_ENDS, assert_is, lora
-from tests.distributed.launch import launch
+from tests.distributed.launch import launched
 from tests.reference import largest_difference, reference_nso, tiny_llama, token_data
 
 pytestmark = pytest.mark.distributed
@@ -68,17 +68,9 @@ def results(tmp_path_factory):
     @cache
     def run(back_end, quick):
         cases = {name: case for name, case, is_quick in cells(back_end) if is_quick == quick}
-        try:
-            return launch(cases, tmp_path_factory.mktemp("matrix"))
-        except Exception as error:
-            return error
+        return launched(cases, tmp_path_factory.mktemp("matrix"))
 
-    def run_once(back_end, quick):
-        if isinstance(ranks := run(back_end, quick), Exception):
-            raise ranks
-        return ranks
-
-    return run_once
+    return lambda back_end, quick: run(back_end, quick).result()
 
 
 def model(use_lora):
