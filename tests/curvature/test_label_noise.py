@@ -10,7 +10,7 @@ def test_one_run_of_it():
     assert set(COLUMNS) <= set(result)
     assert 10 < result["accuracy"] <= 100 and result["trace"] > 0
     assert result["bound"] > 0 and result["distance"] > 0
-    rows = table({"two-sided, 0.05": [result, result]}).splitlines()
+    rows = table({"two-sided, 0.05": [result, result]}, COLUMNS).splitlines()
     assert len(rows) == 3 and rows[2].startswith("| two-sided, 0.05 | ")
 
 
