@@ -26,6 +26,7 @@ from benchmarks.allocations import CountAllocations
 from benchmarks.collectives import CountCollectives
 from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.backends import select
+from nso_hf.command_line import leave_process_group
 from nso_hf.perturbation import Perturbation
 from tests.distributed.back_ends import BACK_ENDS, allow_fsdp_on_cpu
 from tests.distributed.launch import torchrun
@@ -116,7 +117,7 @@ def main() -> None:
         results = {way: measure(options.back_end, way, options) for way in WAYS}
         if torch.distributed.get_rank() == 0:
             options.output.write_text(json.dumps(results))
-        torch.distributed.destroy_process_group()
+        leave_process_group()
         return
     everything = {}
     print(

@@ -1,14 +1,41 @@
 """Command lines of recipes: dataclasses of options, from flags or a YAML file."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from accelerate.state import PartialState
 from transformers import HfArgumentParser
 
 from nso_hf.refusal import Refusal, refusal
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run the `main` of a recipe: a refusal or an interrupt ends in a line, not in a traceback."""
+    try:
+        main()
+    except Refusal as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted.")
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """End the communication between processes, before they end themselves.
+
+    A thread of Gloo drops the tensors of a collective after it has reported the result. It needs
+    Python's lock for that, and aborts a process that is finalising (pytorch issue 190489).
+    Destroying the group does not wait for that thread where something else still holds the group.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        state.destroy_process_group()
+        time.sleep(0.1)
 
 
 class RecipeParser(HfArgumentParser):

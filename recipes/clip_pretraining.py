@@ -37,10 +37,10 @@ from nso_hf.clip.retrieval import retrieval
 from nso_hf.clip.sources import open_pairs
 from nso_hf.clip.stream import PairStream, check_usable
 from nso_hf.clip.trainer import CLIPTrainer
-from nso_hf.command_line import RecipeParser
+from nso_hf.command_line import RecipeParser, run
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
 from nso_hf.plots import plot_training
-from nso_hf.refusal import Refusal, refusal
+from nso_hf.refusal import refusal
 
 TEMPLATES = {
     "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
@@ -477,9 +477,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Refusal as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
+    run(main)

@@ -34,7 +34,7 @@ from transformers import (
 
 from nso_hf import NSOArguments, NSOConfig, NSOTrainer
 from nso_hf.checkpoints import checkpoint_to_resume, how_to_go_on
-from nso_hf.command_line import RecipeParser
+from nso_hf.command_line import RecipeParser, run
 from nso_hf.curvature import CurvatureCallback
 from nso_hf.plots import plot_training
 from nso_hf.reasoning.evaluation import Evaluation, evaluate_answers
@@ -49,7 +49,7 @@ from nso_hf.reasoning.examples import (
 from nso_hf.reasoning.generated import generate_examples
 from nso_hf.reasoning.prompts import PromptFormat, training_rows
 from nso_hf.reasoning.report import TITLES, print_results
-from nso_hf.refusal import Refusal, refusal
+from nso_hf.refusal import refusal
 
 
 @dataclass
@@ -571,9 +571,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Refusal as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
+    run(main)

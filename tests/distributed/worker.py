@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.state import PartialState
 from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
@@ -20,6 +19,7 @@ from transformers.distributed import DistributedConfig
 from benchmarks.collectives import CountCollectives
 from nso_hf import NSOTrainer
 from nso_hf.backends import select
+from nso_hf.command_line import leave_process_group
 from nso_hf.curvature import (
     CurvatureCallback,
     hessian_eigenvalues,
@@ -417,4 +417,4 @@ if __name__ == "__main__":
         experiment = EXPERIMENTS[case.pop("experiment", "train")]
         results[name] = experiment(case, case.pop("output_dir", None) or f"{output}/run")
     torch.save(results, output / f"rank{torch.distributed.get_rank()}.pt")
-    PartialState().destroy_process_group()
+    leave_process_group()
