@@ -157,6 +157,9 @@ class NSOArguments:
         _check_integer("perturb_min_ndim", self.perturb_min_ndim, 0, "2 means matrices only")
         for option in ("perturb_include", "perturb_exclude"):
             _check_patterns(option, getattr(self, option))
+        for option in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if hasattr(self, option):  # with training arguments, which leave it to the data loader
+                _check_integer(option, getattr(self, option), 1, "Typical values are 8 to 128")
         self._check_method()
 
     def _check_method(self) -> None:

@@ -115,6 +115,13 @@ class NSOTrainerMixin(_Base):
         finally:
             self._nso_weights = None  # or they would outlive a model that is moved or made anew
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer takes one more step where it resumes a training that ended within an epoch.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            self.control.should_training_stop = True
+
     def training_step(
         self,
         model: nn.Module,

@@ -16,18 +16,26 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from accelerate.utils import gather_object
 from transformers import set_seed
 
 from nso_hf import NSOArguments
 from nso_hf.checkpoints import checkpoint_to_resume, how_to_go_on
 from nso_hf.clip.arguments import CLIPConfig
-from nso_hf.clip.classification import check_probe, class_names, linear_probe, zero_shot
+from nso_hf.clip.classification import (
+    IMAGENET_NAMES,
+    TEMPLATES,
+    check_probe,
+    class_names,
+    linear_probe,
+    zero_shot,
+)
 from nso_hf.clip.encoding import Encoded, encode
 from nso_hf.clip.models import ClipModel, load_clip, lock
 from nso_hf.clip.openmoji import openmoji_pairs
@@ -40,13 +48,7 @@ from nso_hf.clip.trainer import CLIPTrainer
 from nso_hf.command_line import RecipeParser, run
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
 from nso_hf.plots import plot_training
-from nso_hf.refusal import refusal
-
-TEMPLATES = {
-    "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-    "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-    "name": ("{}",),
-}
+from nso_hf.refusal import Refusal, refusal
 
 TITLES = {
     "loss": "Contrastive loss, nats",
@@ -274,7 +276,7 @@ class EvaluationOptions:
         if self.class_names is None:
             return classes
         if self.class_names == "imagenet":
-            known = {str(i): name for i, name in enumerate(open_clip.IMAGENET_CLASSNAMES)}
+            known = IMAGENET_NAMES
         else:
             try:
                 known = json.loads(Path(self.class_names).read_text())
@@ -338,6 +340,15 @@ def measure_curvature(
     return measured
 
 
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Errors in the data name the option that they came from."""
+    try:
+        yield
+    except Refusal as error:
+        raise Refusal(re.sub(r"^(data|labels)=", f"{option}=", str(error))) from error
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0])
     model_options, data, evaluation, args = parser.parse(argv)
@@ -350,21 +361,24 @@ def main(argv: list[str] | None = None) -> None:
         )
     if evaluation.linear_probe and data.zero_shot_data is None:
         raise refusal("linear_probe", True, "needs images with classes", "Set --zero_shot_data")
+    held_out = labelled = None
+    classes: list[str] = []
     with args.main_process_first():
-        train = data.open(data.train_data, data.train_split, data.train_num_pairs, labels=False)
-        held_out = labelled = None
+        with named("train_data"):
+            train = data.open(data.train_data, data.train_split, data.train_num_pairs, labels=False)
+            check_usable(train)
         if data.eval_data is not None:
-            held_out = data.open(data.eval_data, data.eval_split, labels=False)
-        classes: list[str] = []
+            with named("eval_data"):
+                held_out = data.open(data.eval_data, data.eval_split, labels=False)
+                check_usable(held_out)
         if data.zero_shot_data is not None:
-            labelled = data.open(data.zero_shot_data, data.zero_shot_split, labels=True)
-            labels = labelled.labels()
-            classes = class_names(labels, data.zero_shot_data)
-            if evaluation.linear_probe:
-                check_probe(labels)
-        for pairs, needs in [(train, "caption"), (held_out, "caption"), (labelled, "label")]:
-            if pairs is not None:
-                check_usable(pairs, needs)
+            with named("zero_shot_data"):
+                labelled = data.open(data.zero_shot_data, data.zero_shot_split, labels=True)
+                labels = labelled.labels()
+                classes = class_names(labels, data.zero_shot_data)
+                if evaluation.linear_probe:
+                    check_probe(labels)
+                check_usable(labelled, "label")
     batch = args.per_device_train_batch_size
     if evaluation.curvature and evaluation.curvature_batches > len(train) // batch:
         rule = f"{len(train)} training pairs make {len(train) // batch} batches of {batch}"
@@ -396,24 +410,12 @@ def main(argv: list[str] | None = None) -> None:
             f"{len(held_out) if held_out else 0} held-out pairs, {len(classes)} classes",
             flush=True,
         )
-    train_started = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        sys.exit(f"\n{how_to_go_on(args, trainer.state.global_step)}")
-    train_seconds = time.monotonic() - train_started
-    trainer.save_model()
     results: dict[str, Any] = {
-        "steps": trainer.state.global_step,
-        "train_seconds": round(train_seconds, 1),
         "training_pairs": len(train),
-        "backend": trainer.nso_backend.name,
-        "processes": trainer.nso_backend.num_processes,
         "model_options": asdict(model_options),
         "data_options": asdict(data),
         "evaluation_options": asdict(evaluation),
         "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},
-        "log": trainer.state.log_history,
     }
 
     def write() -> None:  # after each measurement, since the next one can fail
@@ -421,44 +423,59 @@ def main(argv: list[str] | None = None) -> None:
         if is_first:
             (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    write()
     encoded: Encoded | None = None
-    encoding: dict[str, Any] = {
-        "batch_size": args.per_device_eval_batch_size,
-        "workers": args.dataloader_num_workers,
-    }
-    if held_out is not None:
-        loss = trainer.loss_of_batch
-        encoded = encode(trainer.module, clip, held_out, trainer.accelerator, loss=loss, **encoding)
-        found = retrieval(encoded, args.device)
-        texts, images = found.candidates
-        results["validation_loss"] = encoded.loss
-        results["retrieval"] = {
-            "images": images,
-            "texts": texts,
-            "metrics": found.metrics,
-            "chance": found.chance,
+    train_started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        results |= {
+            "train_seconds": round(time.monotonic() - train_started, 1),
+            "steps": trainer.state.global_step,
+            "backend": trainer.nso_backend.name,
+            "processes": trainer.nso_backend.num_processes,
+            "log": trainer.state.log_history,
         }
+        trainer.save_model()
         write()
-    if labelled is not None:
-        with_class = encode(
-            trainer.module, clip, labelled, trainer.accelerator, needs="label", **encoding
-        )
-        accuracy, _ = zero_shot(
-            trainer.module,
-            clip,
-            with_class,
-            classes,
-            evaluation.prompts,
-            names,
-            device=args.device,
-        )
-        results["zero_shot"] = asdict(accuracy)
-        write()
-        if evaluation.linear_probe:
-            results["linear_probe"] = asdict(linear_probe(with_class, classes))
-    if evaluation.curvature:
-        results["curvature"] = measure_curvature(trainer, train, evaluation)
+        encoding: dict[str, Any] = {
+            "batch_size": args.per_device_eval_batch_size,
+            "workers": args.dataloader_num_workers,
+        }
+        if held_out is not None:
+            loss = trainer.loss_of_batch
+            encoded = encode(
+                trainer.module, clip, held_out, trainer.accelerator, loss=loss, **encoding
+            )
+            found = retrieval(encoded, args.device)
+            texts, images = found.candidates
+            results["validation_loss"] = encoded.loss
+            results["retrieval"] = {
+                "images": images,
+                "texts": texts,
+                "metrics": found.metrics,
+                "chance": found.chance,
+            }
+            write()
+        if labelled is not None:
+            with_class = encode(
+                trainer.module, clip, labelled, trainer.accelerator, needs="label", **encoding
+            )
+            accuracy, _ = zero_shot(
+                trainer.module,
+                clip,
+                with_class,
+                classes,
+                evaluation.prompts,
+                names,
+                device=args.device,
+            )
+            results["zero_shot"] = asdict(accuracy)
+            write()
+            if evaluation.linear_probe:
+                results["linear_probe"] = asdict(linear_probe(with_class, classes))
+        if evaluation.curvature:
+            results["curvature"] = measure_curvature(trainer, train, evaluation)
+    except KeyboardInterrupt:  # in the measurements too
+        sys.exit(f"\n{how_to_go_on(args, trainer.state.global_step)}")
     opened = {"training pairs, over all passes": train, "held-out pairs": held_out}
     opened["images with classes"] = labelled
     counts = gather_object([{n: p.skipped.counts for n, p in opened.items() if p is not None}])

@@ -535,13 +535,13 @@ def main(argv: list[str] | None = None) -> None:
     train_started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        train_seconds = time.monotonic() - train_started - answering_seconds
+        trainer.save_model()
+        answers = answer(test, "Test, after training")
     except KeyboardInterrupt:
         sys.exit(f"\n{how_to_go_on(args, trainer.state.global_step)}")
     measured = [entry for entry in trainer.state.log_history if "curvature/trace" in entry]
-    curvature_seconds = sum(entry["curvature/seconds"] for entry in measured)
-    train_seconds = time.monotonic() - train_started - answering_seconds - curvature_seconds
-    trainer.save_model()
-    answers = answer(test, "Test, after training")
+    train_seconds -= sum(entry["curvature/seconds"] for entry in measured)
     after = summary(answers)
     if not trainer.is_world_process_zero():
         return

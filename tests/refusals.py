@@ -448,6 +448,8 @@ CLIP: dict[str, Callable[[Path], object]] = {
     "patch dropout of 1": clip_recipe("--patch_dropout", "1.0"),
     "unlocked groups of a trained tower": clip_recipe("--lock_image_unlocked_groups", "2"),
     "missing shards": clip_recipe("--train_data", "{folder}/s-{000..009}.tar"),
+    "names of shards with an asterisk": clip_recipe("--train_data", "{folder}/*.tar"),
+    "batches of no pair": clip_recipe("--per_device_eval_batch_size", "0"),
     "no such CSV file": clip_recipe("--train_data", "{folder}/none.csv"),
     "CSV file without the column": clip_recipe(
         "--train_data", "{folder}/p.csv", write={"p.csv": "image\ttext\na.png\ta\n"}

@@ -161,6 +161,25 @@ def test_resume_is_the_uninterrupted_run(tmp_path, interrupt_at):
     assert whole["retrieval"] == part["retrieval"]
 
 
+def test_an_interrupt_of_the_measurements_loses_none_of_the_training(tmp_path, monkeypatch):
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    main(flags(tmp_path, tmp_path / "whole", **saving))
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.clip_pretraining.retrieval", interrupt)
+        with pytest.raises(SystemExit, match=r"Interrupted at step 3; .*checkpoint-3.*goes on"):
+            main(flags(tmp_path, tmp_path / "part", **saving))
+    main(flags(tmp_path, tmp_path / "part", **saving, resume_from_checkpoint="last"))
+    a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "part"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    whole, part = results_of(tmp_path / "whole"), results_of(tmp_path / "part")
+    assert whole["steps"] == part["steps"] == 3
+    assert whole["retrieval"] == part["retrieval"]
+
+
 @pytest.mark.distributed
 def test_torchrun_with_two_processes(tmp_path):
     """From streamed shards, and evaluated, with a round that one process has nothing in."""

@@ -50,6 +50,21 @@ def test_three_steps_and_three_more_are_six(tmp_path, options):
     assert all(torch.equal(a[i][name], b[i][name]) for i in a for name in a[i])
 
 
+def test_a_training_that_is_done_takes_no_further_step(tmp_path):
+    """The Trainer takes one, where the last step is not the last of an epoch."""
+    done = trainer_of(tmp_path, max_steps=3, save_steps=3)
+    done.train()
+    assert done.state.epoch != int(done.state.epoch)
+    resumed = trainer_of(tmp_path, max_steps=3, save_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 3
+    pairs = zip(done.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    longer = trainer_of(tmp_path, max_steps=5, save_steps=3)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert longer.state.global_step == 5
+
+
 def test_measuring_does_not_change_training(tmp_path):
     weights = []
     for options in ({}, {"log_sharpness": True}, {"log_sharpness": True, "logging_steps": 3}):

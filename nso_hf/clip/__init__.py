@@ -3,6 +3,6 @@ global batch, and evaluation by retrieval and zero-shot classification."""
 
 from importlib.util import find_spec
 
-for _name in ("open_clip", "webdataset", "datasets"):
+for _name in ("open_clip", "webdataset", "datasets", "sklearn", "matplotlib", "rich"):
     if find_spec(_name) is None:
         raise ImportError(f"nso_hf.clip needs {_name}: run pip install 'nso_hf[clip]'")

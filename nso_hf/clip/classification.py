@@ -7,12 +7,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip import CoCa, build_zero_shot_classifier
+from open_clip import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    SIMPLE_IMAGENET_TEMPLATES,
+    CoCa,
+    build_zero_shot_classifier,
+)
 from torch import Tensor, nn
 
 from nso_hf.clip.encoding import Encoded, evaluating, image_size
 from nso_hf.clip.models import ClipModel, text_features
 from nso_hf.refusal import refusal
+
+TEMPLATES = {
+    "openai": OPENAI_IMAGENET_TEMPLATES,
+    "simple": SIMPLE_IMAGENET_TEMPLATES,
+    "name": ("{}",),
+}
+"""Functions or format strings that make a prompt of a class's name."""
+IMAGENET_NAMES: dict[str, str] = {str(i): name for i, name in enumerate(IMAGENET_CLASSNAMES)}
+"""Class, by its number in order of the WordNet ids, to the name that open_clip has for it."""
 
 _CHUNK = 1024  # images compared with all classes at a time
 

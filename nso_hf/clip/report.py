@@ -117,6 +117,8 @@ def plot_retrieval(
                     side.set_visible(True)
                     side.set_color("C2")
                     side.set_linewidth(3)
-    figure.suptitle(f"Captions and the images found for them among {len(encoded)}", fontsize=10)
+    figure.suptitle(
+        f"Captions and the images found for them among {len(encoded)} pairs", fontsize=10
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -41,8 +41,14 @@ class Shards(Pairs):
         self._fields = fields
         for url in self._urls:
             if _is_local(url) and not Path(url).is_file():
-                rule = f"shard {url} does not exist ({len(self._urls)} shards are named)"
-                raise refusal("data", urls, rule, "Check the path and the numbers in braces")
+                rule = f"shard {url} does not exist ({len(self._urls)} named)"
+                cure = "Check the path and the numbers in braces"
+                if "*" in url or "?" in url:
+                    rule, cure = (
+                        "* and ? are not expanded",
+                        "Give their folder, or numbers in braces",
+                    )
+                raise refusal("data", urls, rule, cure)
         self._num_pairs = num_pairs if num_pairs is not None else self._counted()
         if self._num_pairs == 0:
             raise refusal("data", urls, "no pair can be read in these shards", "Check the files")

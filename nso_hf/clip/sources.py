@@ -63,11 +63,11 @@ def _open_table(
     fields = Fields(
         fields.image or defaults.image, fields.caption or defaults.caption, fields.label
     )
-    for name in (fields.image, fields.label):
+    for option, name in (("image_column", fields.image), ("label_column", fields.label)):
         if name is not None and name not in rows.column_names:
             columns = ", ".join(rows.column_names)
             cure = "Name one of them" if len(rows.column_names) > 1 else "Set --csv_separator"
-            raise refusal("column", name, f"not in {data}, which has {columns}", cure)
+            raise refusal(option, name, f"not in {data}, which has {columns}", cure)
     if fields.caption not in rows.column_names:
         if fields.label is None:
             columns = ", ".join(rows.column_names)

@@ -1,10 +1,7 @@
-"""Runs cases in each of several processes and saves what came out: `torchrun ... worker.py CASES
-OUTPUT`."""
+"""Runs cases in each of several processes, and saves what came out."""
 
 import contextlib
 import json
-import sys
-from pathlib import Path
 
 import torch
 import transformers
@@ -19,7 +16,6 @@ from transformers.distributed import DistributedConfig
 from benchmarks.collectives import CountCollectives
 from nso_hf import NSOTrainer
 from nso_hf.backends import select
-from nso_hf.command_line import leave_process_group
 from nso_hf.curvature import (
     CurvatureCallback,
     hessian_eigenvalues,
@@ -409,12 +405,11 @@ EXPERIMENTS = {
 }
 
 
-if __name__ == "__main__":
+def run_cases(directory):
+    """Those of `cases.json`, in the process that this one is."""
     allow_fsdp_on_cpu()
-    cases, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     results = {}
-    for name, case in cases.items():
+    for name, case in json.loads((directory / "cases.json").read_text()).items():
         experiment = EXPERIMENTS[case.pop("experiment", "train")]
-        results[name] = experiment(case, case.pop("output_dir", None) or f"{output}/run")
-    torch.save(results, output / f"rank{torch.distributed.get_rank()}.pt")
-    leave_process_group()
+        results[name] = experiment(case, case.pop("output_dir", None) or f"{directory}/run")
+    torch.save(results, directory / f"rank{torch.distributed.get_rank()}.pt")
