@@ -30,7 +30,11 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
             "bf16": {"enabled": "auto"},
-            "zero_optimization": {"stage": stage, **settings},
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_gather_16bit_weights_on_model_save": True,
+                **settings,
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }

@@ -259,9 +259,6 @@ def test_resume_is_bit_equal(back_end, tmp_path):
         "save_steps": 3,
         "train_sampling_strategy": "random",
     }
-    if back_end == "zero3":
-        whole = {"stage3_gather_16bit_weights_on_model_save": True, "stage": 3}
-        base["settings"] = {"deepspeed": {"zero_optimization": whole}}
     directory = str(tmp_path / "run")
     resumed = {**base, "output_dir": directory, "resume": f"{directory}/checkpoint-3"}
     ranks = launch({"whole": {**base, "output_dir": directory}, "resumed": resumed}, tmp_path)

@@ -34,12 +34,13 @@ CASES = {
     "alternate": {**BASE, **TWO, "sign": "alternate"},
 }
 DOUBLE = {f"{name}, double": {**case, "dtype": "float64"} for name, case in CASES.items()}
-BACK_ENDS = ["ddp", "fsdp2", "zero2"]
+BACK_ENDS = ["ddp", "fsdp2", "zero2", "zero3"]
+SHARED = ["fsdp2", "zero3"]  # the processes hold one copy of the weights between them
 
 
 def cases_of(back_end):
     """In float64, which DeepSpeed does not know; evaluation in float32."""
-    return CASES if back_end == "zero2" else {"clip": CASES["clip"], **DOUBLE}
+    return CASES if back_end.startswith("zero") else {"clip": CASES["clip"], **DOUBLE}
 
 
 # float32: gradients reach 16 and are up to 3e-6 of that apart (tests/clip/test_loss.py), times a
@@ -106,8 +107,8 @@ def test_two_processes_train_as_open_clips_loss_on_the_whole_batch(run, back_end
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_alternating_signs_need_shared_weights(run, back_end):
-    for rank in run(back_end, "alternate" if back_end == "zero2" else "alternate, double"):
-        if back_end == "fsdp2":
+    for rank in run(back_end, "alternate" if back_end.startswith("zero") else "alternate, double"):
+        if back_end in SHARED:
             assert_is(back_end, rank, processes=2)
         else:
             assert "sign='alternate': the features of processes at W + U" in rank["refused"]
@@ -138,11 +139,11 @@ def test_evaluation_and_curvature_are_those_of_one_process(run, back_end, tmp_pa
             if not name.endswith(("runtime", "per_second", "epoch")):
                 assert rank["evaluation"][name] == pytest.approx(value, rel=1e-5), name
         # By differences of gradients where weights are sharded, in float32.
-        tolerance = 1e-3 if back_end == "fsdp2" else 1e-5
+        tolerance = 1e-3 if back_end in SHARED else 1e-5
         assert (rank["trace"] - trace).abs().max() <= tolerance * trace.abs().max()
 
 
-SLOW = [pytest.param(back_end, marks=pytest.mark.slow) for back_end in ("ddp", "zero2")]
+SLOW = [pytest.param(back_end, marks=pytest.mark.slow) for back_end in ("ddp", "zero2", "zero3")]
 
 
 @pytest.mark.parametrize("back_end", ["fsdp2", *SLOW])
