@@ -5,6 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nso_hf.refusal import needs
+
+needs("nso_hf.plots", "recipes", "matplotlib")
+
 
 def plot_training(
     log: Sequence[Mapping[str, Any]], path: Path, titles: Mapping[str, str], top: float | None

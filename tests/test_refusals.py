@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nso_hf.refusal import needs
 from tests.refusals import SECTIONS, message
 
 DOCUMENTED = (Path(__file__).parent.parent / "docs" / "refusals.md").read_text()
@@ -23,6 +24,13 @@ def test_a_wrong_input_gets_the_documented_message(name):
     assert not re.search(r" [.,](\s|$)", text), "a part of it is missing"
     rule_and_cure = rest.partition(": ")[2]
     assert rule_and_cure.endswith(".") and ". " in rule_and_cure, "a rule, then a cure"
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it():
+    needs("nso_hf.clip", "clip", "torch", "numpy")
+    message = re.escape("nso_hf.clip needs no_such: run pip install 'nso_hf[clip]'")
+    with pytest.raises(ImportError, match=message):
+        needs("nso_hf.clip", "clip", "torch", "no_such")
 
 
 def test_nothing_is_written_before_a_refusal(tmp_path):

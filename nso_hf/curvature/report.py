@@ -15,6 +15,9 @@ from nso_hf.curvature.slices import LossSlice
 from nso_hf.curvature.spectrum import Spectrum
 from nso_hf.curvature.stability import NoiseStability
 from nso_hf.curvature.trace import Estimate, Trace, mean_of
+from nso_hf.refusal import needs
+
+needs("python -m nso_hf.curvature", "recipes", "matplotlib", "rich")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from nso_hf.refusal import needs
+
+needs("nso_hf.reasoning.report", "recipes", "rich")
+
 _MEASURES = {
     "accuracy": "accuracy",
     "contains_answer": "contains the answer",
