@@ -27,7 +27,7 @@ $(VENV)/dev: $(VENV)/demo
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and NSO (two CPU cores: under 10 minutes)
+demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and NSO (two CPU cores: about 10 minutes)
 	rm -rf runs/demo
 	$(BIN)/python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
 
