@@ -1,4 +1,4 @@
-"""Command lines of recipes: dataclasses of options, from flags or a YAML file."""
+"""Command lines: how a program ends, and recipes' options, from flags or a YAML file."""
 
 import argparse
 import sys
@@ -8,14 +8,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from accelerate.state import PartialState
+import torch
 from transformers import HfArgumentParser
 
 from nso_hf.refusal import Refusal, refusal
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run the `main` of a recipe: a refusal or an interrupt ends in a line, not in a traceback."""
+    """Run the `main` of a program: a refusal or an interrupt ends in a line, not in a traceback."""
     try:
         main()
     except Refusal as error:
@@ -32,9 +32,8 @@ def leave_process_group() -> None:
     Python's lock for that, and aborts a process that is finalising (pytorch issue 190489).
     Destroying the group does not wait for that thread where something else still holds the group.
     """
-    state = PartialState()
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
         time.sleep(0.1)
 
 

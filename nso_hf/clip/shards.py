@@ -41,14 +41,11 @@ class Shards(Pairs):
         self._fields = fields
         for url in self._urls:
             if _is_local(url) and not Path(url).is_file():
-                rule = f"shard {url} does not exist ({len(self._urls)} named)"
-                cure = "Check the path and the numbers in braces"
                 if "*" in url or "?" in url:
-                    rule, cure = (
-                        "* and ? are not expanded",
-                        "Give their folder, or numbers in braces",
-                    )
-                raise refusal("data", urls, rule, cure)
+                    cure = "Give their folder, or numbers in braces"
+                    raise refusal("data", urls, "* and ? are not expanded", cure)
+                rule = f"shard {url} does not exist ({len(self._urls)} named)"
+                raise refusal("data", urls, rule, "Check the path and the numbers in braces")
         self._num_pairs = num_pairs if num_pairs is not None else self._counted()
         if self._num_pairs == 0:
             raise refusal("data", urls, "no pair can be read in these shards", "Check the files")

@@ -8,13 +8,13 @@ the layers, the spectrum, and the loss along random directions.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
+from nso_hf.command_line import run
 from nso_hf.curvature.checkpoint import Data, load_checkpoint
 from nso_hf.curvature.eigenvalues import hessian_eigenvalues
 from nso_hf.curvature.hessian import HVPS
@@ -24,7 +24,7 @@ from nso_hf.curvature.slices import loss_slice
 from nso_hf.curvature.spectrum import hessian_spectrum
 from nso_hf.curvature.stability import check_sigma, noise_stability
 from nso_hf.curvature.trace import check_count, hessian_trace
-from nso_hf.refusal import Refusal, refusal
+from nso_hf.refusal import refusal
 
 
 class _Parser(argparse.ArgumentParser):
@@ -182,9 +182,4 @@ def _json(value: object) -> object:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Refusal as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
+    run(main)
