@@ -17,9 +17,7 @@ def last_complete_checkpoint(folder: Path, processes: int = 1) -> Path | None:
     steps = {}
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        states = [path / f"rng_state_{rank}.pth" for rank in range(processes)]
-        written = processes == 1 or all(state.exists() for state in states)
-        if number.isdecimal() and written and _is_json(path / "trainer_state.json"):
+        if number.isdecimal() and _is_complete(path, processes):
             steps[int(number)] = path
     return steps[max(steps)] if steps else None
 
@@ -37,7 +35,10 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if str(asked).lower() in ("last", "true"):
         if last is None:
             cure = "Leave it out to start anew"
-            raise refusal("resume_from_checkpoint", asked, f"no checkpoint in {output}", cure)
+            rule = (
+                f"{output} holds no checkpoint that {args.world_size} process(es) wrote to its end"
+            )
+            raise refusal("resume_from_checkpoint", asked, rule, cure)
         return str(last)
     if asked is not None and not Path(asked).is_dir():
         raise refusal("resume_from_checkpoint", asked, "no such folder", "Use 'last', or a path")
@@ -46,6 +47,9 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         rule = "holds the checkpoints or results of another run"
         cure = "Pass --resume_from_checkpoint last, or another --output_dir"
         raise refusal("output_dir", str(output), rule, cure)
+    if asked is not None and not _is_complete(Path(asked), args.world_size):
+        rule = f"no checkpoint that {args.world_size} process(es) wrote to its end"
+        raise refusal("resume_from_checkpoint", asked, rule, "Use 'last', or another path")
     return None if asked is None else str(asked)
 
 
@@ -57,9 +61,12 @@ def how_to_go_on(args: TrainingArguments, step: int) -> str:
     return f"Interrupted at step {step}; last checkpoint: {last}; {cure}."
 
 
-def _is_json(path: Path) -> bool:
+def _is_complete(checkpoint: Path, processes: int) -> bool:
+    states = [checkpoint / f"rng_state_{rank}.pth" for rank in range(processes)]
+    if processes > 1 and not all(state.exists() for state in states):
+        return False
     try:
-        json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
     return True

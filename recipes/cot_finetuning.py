@@ -49,6 +49,7 @@ from nso_hf.reasoning.examples import (
 from nso_hf.reasoning.generated import generate_examples
 from nso_hf.reasoning.prompts import PromptFormat, training_rows
 from nso_hf.reasoning.report import TITLES, print_results
+from nso_hf.recorded_options import RecordedOptions, fingerprint
 from nso_hf.refusal import refusal
 
 
@@ -119,6 +120,7 @@ class ModelOptions:
 @dataclass
 class DataOptions:
     _argument_group_name = "data"
+    _may_change = ("evaluate_before",)  # when a run goes on
 
     dataset: str = field(
         metadata={
@@ -280,6 +282,7 @@ class DataOptions:
 @dataclass
 class CurvatureOptions:
     _argument_group_name = "curvature"
+    _may_change = ("curvature", "curvature_examples", "curvature_samples", "curvature_steps")
 
     curvature: bool = field(
         default=False,
@@ -444,10 +447,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0])
     model_options, data, curvature, args = parser.parse(argv)
     checkpoint = checkpoint_to_resume(args)
+    recorded = RecordedOptions(args, model_options, data, curvature, checkpoint=checkpoint)
     started = time.monotonic()
     set_seed(args.seed)
     with args.main_process_first():
         train, validation, test = data.load(args.seed)
+    for split, examples in {"training": train, "validation": validation, "test": test}.items():
+        recorded.check("dataset", data.dataset, f"{split} examples", fingerprint(examples))
     if not (train and validation and test):
         counts = (
             f"{len(train)} training, {len(validation)} validation and {len(test)} test questions"
@@ -475,6 +481,10 @@ def main(argv: list[str] | None = None) -> None:
     if not rows or not validation_rows:
         rule = f"all {len(train)} training texts or {len(validation)} validation texts are longer"
         raise refusal("max_length", data.max_length, rule, "Raise it")
+    name = model_options.model_name_or_path
+    recorded.check("model_name_or_path", name, "tokens of the training texts", fingerprint(rows))
+    weights = fingerprint((n, p.flatten()[:8].tolist()) for n, p in model.named_parameters())
+    recorded.check("model_name_or_path", name, "weights", weights)
 
     prompts = [prompt_format.prompt_ids(example.question) for example in [*validation, *test]]
     longest_row = max(
@@ -528,6 +538,7 @@ def main(argv: list[str] | None = None) -> None:
             before_file.write_text(json.dumps(before, indent=2))
         answering_seconds = time.monotonic() - began
 
+    trainer.add_callback(recorded)
     if data.evaluate_before and not checkpoint:
         trainer.add_callback(AtTheBeginning(answer_before))
     if curvature.curvature:
@@ -562,6 +573,7 @@ def main(argv: list[str] | None = None) -> None:
         "data_options": asdict(data),
         "curvature_options": asdict(curvature),
         "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},
+        "options": recorded.history,
         "log": trainer.state.log_history,
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")

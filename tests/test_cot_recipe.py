@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nso_hf.reasoning.answers import judge
 from nso_hf.reasoning.evaluation import evaluate_answers
@@ -99,8 +100,6 @@ def test_any_model_end_to_end(tmp_path, kind, options):
 
 
 def test_curvature_is_in_the_table_and_leaves_training_alone(tmp_path, capsys):
-    from safetensors.torch import load_file
-
     model = save_model("llama", tmp_path / "model")
     measuring = {"curvature": "true", "curvature_samples": 3, "curvature_steps": 3}
     main(flags(model, tmp_path / "watched", lora_r=4, **measuring, curvature_examples=3))
@@ -130,14 +129,56 @@ def test_resume_is_the_uninterrupted_run(tmp_path, interrupt_at):
     ):
         main(flags(model, tmp_path / "part", **saving))
     main(flags(model, tmp_path / "part", **saving, resume_from_checkpoint="last"))
-    from safetensors.torch import load_file
-
     a, b = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "part"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     whole, part = (
         json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "part")
     )
     assert whole["before"] == part["before"] and whole["after"] == part["after"]
+
+
+def test_going_on_with_something_else(tmp_path, capsys):
+    """Another sigma is printed and kept, other data or another model are refused."""
+    model, output, data = (
+        save_model("gpt2", tmp_path / "model"),
+        tmp_path / "out",
+        tmp_path / "data",
+    )
+
+    def write(answer):
+        rows = [{"question": f"q{i}", "rationale": "r", "answer": answer} for i in range(30)]
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("a")
+    options = {"lora_r": 4, "save_steps": 2, "dataset": f"{data}.jsonl", "dataset_kwargs": "{}"}
+    main(flags(model, output, **options, max_steps=2))
+    results = (output / "results.json").read_text()
+    options |= {"resume_from_checkpoint": "last"}
+    refused = {
+        "lora_r=8: this run began with 4": {"lora_r": 8},
+        "optim='adafactor': this run began with": {"optim": "adafactor"},
+        "test_size=7: this run began with 8": {"test_size": 7},
+    }
+    for message, changed in refused.items():
+        with pytest.raises(ValueError, match=message):
+            main(flags(model, output, **(options | changed)))
+    write("b")
+    with pytest.raises(ValueError, match=r"data.jsonl': the training examples are not those"):
+        main(flags(model, output, **options))
+    write("a")
+    file = model / "model.safetensors"
+    saved = file.read_bytes()
+    save_file({n: w + 1 for n, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model_name_or_path=.*: the weights are not those"):
+        main(flags(model, output, **options))
+    assert (output / "results.json").read_text() == results  # nothing of the earlier run is lost
+    file.write_bytes(saved)
+    capsys.readouterr()
+    main(flags(model, output, **options, sigma=0.5))
+    assert "from step 2; changed: max_steps 2 -> 4; sigma 0.02 -> 0.5." in capsys.readouterr().out
+    kept = json.loads((output / "results.json").read_text())["options"]
+    assert kept[0]["options"]["sigma"] == 0.02 and kept[0]["options"]["lora_r"] == 4
+    assert kept[1] == {"from_step": 2, "options": {"max_steps": 4, "sigma": 0.5}}
 
 
 def test_yaml_and_flags(tmp_path):
