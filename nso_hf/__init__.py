@@ -3,6 +3,8 @@
 from nso_hf.arguments import NSOArguments, NSOConfig, NSOSeq2SeqConfig
 from nso_hf.trainer import NSOSeq2SeqTrainer, NSOTrainer, NSOTrainerMixin
 
+__version__ = "0.1.0"
+
 __all__ = [
     "NSOArguments",
     "NSOConfig",
@@ -10,4 +12,5 @@ __all__ = [
     "NSOSeq2SeqTrainer",
     "NSOTrainer",
     "NSOTrainerMixin",
+    "__version__",
 ]

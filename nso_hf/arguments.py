@@ -144,6 +144,8 @@ class NSOArguments:
         following = getattr(super(), "__post_init__", None)  # that of the training arguments
         if following is not None:
             following()
+        if hasattr(self, "device") and self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns
 
     def check(self) -> None:
         """Raise a `ValueError` for an option out of range, or one that does not go with another."""

