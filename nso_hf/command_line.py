@@ -3,15 +3,45 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
+from nso_hf.arguments import NSOArguments
 from nso_hf.refusal import Refusal, refusal
+
+_MOST_USED = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "seed",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "activation_checkpointing",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "report_to",
+    "use_cpu",
+}
+"""The training options that `--help` shows."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -37,10 +67,43 @@ def leave_process_group() -> None:
         time.sleep(0.1)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of each option, and only defaults that say something."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
+        name = action.option_strings[0]
+        if action.nargs == "?":
+            return f"{name} {{true,false}}"
+        if action.choices is None:
+            return f"{name} {self._format_args(action, action.dest.rpartition('_')[2].upper())}"
+        choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
+        return f"{name} {{{','.join(choices)}}}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_unset = action.default is None or action.default == []
+        return action.help if is_unset else super()._get_help_string(action)
+
+
+class _HelpAll(argparse.Action):
+    """`--help_all`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        assert isinstance(parser, RecipeParser)
+        parser.help_is_whole = True
+        parser.print_help()
+        parser.exit()
+
+
 class RecipeParser(HfArgumentParser):
     """`HfArgumentParser` with `--config FILE.yaml`, whose values the command line overrides.
 
-    Errors are one line, since the usage message of all training arguments is longer than a screen.
+    `--help` shows the recipe's own options and NSO's, and the most used of training; `--help_all`
+    shows all. Errors are one line, since either is longer than a screen.
     """
 
     def __init__(self, dataclass_types: Sequence[Any], **kwargs: Any) -> None:
@@ -48,11 +111,43 @@ class RecipeParser(HfArgumentParser):
             dataclass_types,
             allow_abbrev=False,
             usage="%(prog)s [--config FILE] [options]",
+            formatter_class=_HelpFormatter,
             **kwargs,
         )
+        self.help_is_whole = False
+        self.add_argument("--help_all", action=_HelpAll, help="Show all training options too.")
         self.add_argument(
             "--config", metavar="FILE", help="YAML file of options; flags override it."
         )
+        for action in self._actions:
+            if action.dest == "resume_from_checkpoint":
+                action.help = "The checkpoint to go on from; 'last': the last one in --output_dir."
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        # --two_sided false says what --no_two_sided does.
+        shown = [a for a in self._actions if not isinstance(a, argparse._StoreFalseAction)]
+        for title, names in self._sections():
+            formatter.start_section(title)
+            formatter.add_arguments([action for action in shown if action.dest in names])
+            formatter.end_section()
+        if not self.help_is_whole:
+            formatter.add_text("--help_all shows all options of transformers.TrainingArguments.")
+        return formatter.format_help()
+
+    def _sections(self) -> Iterator[tuple[str, set[str]]]:
+        """Titles and the names of the options under them."""
+        nso, training = (
+            {o.name for o in fields(kind)} for kind in (NSOArguments, TrainingArguments)
+        )
+        for kind in self.dataclass_types:
+            own = {option.name for option in fields(kind)} - nso - training
+            yield getattr(kind, "_argument_group_name", "options"), own
+        yield "noise stability optimization", nso
+        yield "trainer", training if self.help_is_whole else _MOST_USED
+        yield "this program", {"config", "help", "help_all"}
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n(--help lists the options)\n")
@@ -100,7 +195,7 @@ class RecipeParser(HfArgumentParser):
             raise refusal("config", str(path), "not a mapping", "Write 'option: value' lines")
         known = {action.dest: action for action in self._actions}
         for name in options:
-            if name not in known or name in ("config", "help"):
+            if name not in known or name in ("config", "help", "help_all"):
                 self._refuse_unknown(f"--{name}", f" in {path}")
             known[name].required = False
         self.set_defaults(**options)
