@@ -1,18 +1,22 @@
 """Command lines: how a program ends, and recipes' options, from flags or a YAML file."""
 
 import argparse
+import io
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from nso_hf.arguments import NSOArguments
+from nso_hf.config_file import read_config
 from nso_hf.refusal import Refusal, refusal
 
 _MOST_USED = {
@@ -46,13 +50,28 @@ _MOST_USED = {
 
 def run(main: Callable[[], None]) -> None:
     """Run the `main` of a program: a refusal or an interrupt ends in a line, not in a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # questions in any script, on a terminal that lacks it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except Refusal as error:
-        sys.exit(f"error: {error}")
+        end_with(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
+        end_with("\nInterrupted.")
     leave_process_group()
+
+
+def end_with(line: str, status: int = 1) -> NoReturn:
+    """End the program with a line that several processes say once."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # where the first process ends with the same line, the launcher ends this one
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun and accelerate launch say it again, at the end of what they print.
+        error = {"message": line.strip(), "timestamp": int(time.time())}
+        Path(error_file).write_text(json.dumps(error), encoding="utf-8")
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def leave_process_group() -> None:
@@ -150,7 +169,7 @@ class RecipeParser(HfArgumentParser):
         yield "this program", {"config", "help", "help_all"}
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n(--help lists the options)\n")
+        end_with(f"error: {message}\n(--help lists the options)", status=2)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """The filled dataclasses, each checked by its own `__post_init__`.
@@ -181,21 +200,11 @@ class RecipeParser(HfArgumentParser):
             raise Refusal(str(error)) from error
 
     def _set_defaults_from(self, path: Path) -> None:
-        import yaml
-
-        if not path.is_file():
-            raise refusal("config", str(path), "no such file", "Give the path of a YAML file")
-        try:
-            options = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise refusal(
-                "config", str(path), f"not YAML ({error})", "Write 'option: value' lines"
-            ) from error
-        if not isinstance(options, dict):
-            raise refusal("config", str(path), "not a mapping", "Write 'option: value' lines")
         known = {action.dest: action for action in self._actions}
+        hints = {n: h for kind in self.dataclass_types for n, h in get_type_hints(kind).items()}
+        options = read_config(path, known, hints)
         for name in options:
-            if name not in known or name in ("config", "help", "help_all"):
+            if name not in hints:
                 self._refuse_unknown(f"--{name}", f" in {path}")
             known[name].required = False
         self.set_defaults(**options)
