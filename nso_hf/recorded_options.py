@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nso_hf import backends
 from nso_hf.refusal import Refusal, refusal
 
 _FILE = "options.json"
@@ -29,7 +30,7 @@ _FIXED = {
             "auto_find_batch_size train_sampling_strategy length_column_name accelerator_config "
             "dataloader_drop_last dataloader_num_workers"
         ),
-        "the checkpoint holds another kind of state": "bf16 fp16 fsdp fsdp_config deepspeed",
+        "the checkpoint holds another kind of state": " ".join(("bf16", "fp16", *backends.OPTIONS)),
     }.items()
     for name in names.split()
 }
@@ -63,8 +64,8 @@ class RecordedOptions(TrainerCallback):
         for name in _NOT_RECORDED:
             options.pop(name, None)
         options = json.loads(json.dumps(options, default=str))
+        # `from_step` and the `options` in force from it on: first all, then those that changed.
         self.history: list[dict[str, Any]] = []
-        """`from_step` and the `options` in force from it on: first all, then those that changed."""
         self._facts: dict[str, str] = {}  # of this run
         self._recorded_facts: dict[str, str] = {}  # of the run that is gone on with
         self._resumes = checkpoint is not None
@@ -79,8 +80,8 @@ class RecordedOptions(TrainerCallback):
         for entry in self.history:
             before |= entry["options"]
         changed = {n: v for n, v in options.items() if n not in before or before[n] != v}
+        # Old and new value of what is not as it was at the checkpoint.
         self.changes = {name: (before[name], changed[name]) for name in changed if name in before}
-        """Old and new value of what is not as it was at the checkpoint."""
         for name, (old, new) in self.changes.items():
             if name in fixed:
                 raise _differs(name, new, f"this run began with {old!r}", fixed[name])
@@ -96,7 +97,7 @@ class RecordedOptions(TrainerCallback):
         """
         self._facts[what] = fact
         if self._recorded_facts.get(what, fact) != fact:
-            raise _differs(option, value, f"the {what} are not those this run began with", "")
+            raise _differs(option, value, f"not the {what} that this run began with", "")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -120,9 +120,8 @@ def zero(**settings) -> Callable[[Path], object]:
 
 
 def fsdp_that_became_ddp(folder: Path) -> object:
-    run = accelerator(DistributedType.MULTI_CPU)
-    run.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
-    return check(run)
+    with mock.patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "true"}):
+        return check(accelerator(DistributedType.MULTI_CPU))
 
 
 def one_process_of_two(folder: Path) -> object:

@@ -66,7 +66,7 @@ def test_what_changed_is_said_and_kept_with_its_step(tmp_path, capsys):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: .*another loss"),
         ({"per_device_train_batch_size": 4}, "per_device_train_batch_size=4: .*in another order"),
         ({"seed": 1}, "seed=1: this run began with 42; the data would come in another order"),
-        ({"fact": "b"}, "data='rows.jsonl': the rows are not those this run began with"),
+        ({"fact": "b"}, "data='rows.jsonl': not the rows that this run began with"),
     ],
 )
 def test_what_makes_another_run_of_it_is_refused(tmp_path, options, refused):

@@ -60,8 +60,10 @@ def test_imports_go_one_way():
                 if path.name == "__main__.py":
                     below.append("command_line")
                 assert imported in below, f"{path.name} imports {imported}"
-            if name in ("reasoning", "command_line", "checkpoints", "plots"):
+            if name in ("reasoning", "checkpoints", "plots", "config_file"):
                 assert imported in ("reasoning", "refusal")
+            if name == "command_line":
+                assert imported in ("arguments", "config_file", "refusal")
             if name == "clip":
                 assert imported in ("clip", "refusal", "side_effects", "backends")
 

@@ -2,6 +2,6 @@
 distributed."""
 
 from nso_hf.backends.base import Backend, Weight
-from nso_hf.backends.selection import alone, check, select
+from nso_hf.backends.selection import OPTIONS, alone, check, select
 
-__all__ = ["Backend", "Weight", "alone", "check", "select"]
+__all__ = ["OPTIONS", "Backend", "Weight", "alone", "check", "select"]

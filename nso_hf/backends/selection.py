@@ -14,6 +14,9 @@ from nso_hf.backends.fsdp2 import FSDP2, is_sharded
 from nso_hf.backends.replicated import Replicated, ThisProcess
 from nso_hf.refusal import refusal
 
+OPTIONS = ("fsdp", "fsdp_config", "deepspeed")
+"""The training options that choose a back end."""
+
 _SPLIT = "tensor, context, sequence, pipeline and expert parallelism split one batch over processes"
 _CURE = "Launch with a configuration of the folder accelerate_configs"
 
@@ -48,19 +51,23 @@ def check(accelerator: Accelerator) -> None:
         cure = "On a machine without accelerators, pass use_cpu=True"
         raise refusal("num_processes", accelerator.num_processes, rule, cure)
     kind = accelerator.distributed_type
-    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if kind == DistributedType.DEEPSPEED:
         _check_deepspeed(accelerator.state.deepspeed_plugin)
     elif kind == DistributedType.FSDP:
-        if plugin.fsdp_version != 2:
+        version = accelerator.state.fsdp_plugin.fsdp_version
+        if version != 2:
             rule = "in FSDP1 weights go stale between the passes of a step"
-            raise refusal("fsdp_version", plugin.fsdp_version, rule, "Set fsdp_version to 2")
+            raise refusal("fsdp_version", version, rule, "Set fsdp_version to 2")
     elif kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
         rule = "NSO runs in one process, under DistributedDataParallel, FSDP2 and DeepSpeed"
         raise refusal("distributed_type", kind.value, rule, _CURE)
-    elif plugin is not None:
-        rule = f"FSDP was asked for, but on this device the run silently became {kind.value}"
-        raise refusal("fsdp", True, rule, "Run it on accelerators, or without FSDP")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        # Set by `accelerate launch`, and by Accelerate where the Trainer's options ask for it.
+        is_asked_for = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+        if is_asked_for and kind.value != name:
+            rule = f"{name} was asked for, but on this device Accelerate makes the run {kind.value}"
+            cure = f"Run it on accelerators, or without {name}"
+            raise refusal(f"ACCELERATE_USE_{name}", "true", rule, cure)
     parallelism = getattr(accelerator, "parallelism_config", None)
     for name in ("tp_size", "cp_size", "sp_size"):
         if getattr(parallelism, name, 1) > 1:

@@ -2,13 +2,15 @@
 it: the same model as in one process."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.launch import free_port, run_processes
+from tests.distributed.launch import ENVIRONMENT, free_port, run_processes
 from tests.test_cot_recipe import flags
 from tests.tiny_models import save_model
 
@@ -101,3 +103,43 @@ def test_adapters(folder, config, tmp_path):
     assert set(weights) == set(expected) and all("lora" in name for name in weights)
     for name, weight in expected.items():
         assert (weight - weights[name]).abs().max() <= 2e-6
+
+
+WAYS = {
+    "FSDP on CPUs, two processes": (
+        ("--config_file", "fsdp2", "--num_processes", "2"),
+        {"use_cpu": "true"},
+        "ACCELERATE_USE_FSDP='true': FSDP was asked for, but on this device Accelerate makes the "
+        "run MULTI_CPU",
+    ),
+    "processes that each take themselves for the only one": (
+        ("--config_file", "ddp", "--num_processes", "2"),
+        {"use_cpu": "false"},
+        "num_processes=1: 2 processes were launched, and each would train on the same batches",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_way_of_launching_that_is_refused_is_refused_once_and_last(folder, tmp_path, way):
+    launcher, options, message = WAYS[way]
+    launcher = [
+        str(ROOT / f"accelerate_configs/{word}.yaml") if word in ("fsdp2", "ddp") else word
+        for word in launcher
+    ]
+    port = ("--main_process_port", str(free_port()))
+    recipe = str(ROOT / "recipes/cot_finetuning.py")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", *launcher, *port, recipe),
+            *flags(folder / "model", tmp_path / "out", **options),
+        ],
+        env=os.environ | ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and not (tmp_path / "out" / "results.json").exists()
+    said = [line for line in (done.stdout + done.stderr).splitlines() if message in line]
+    assert said[0].startswith("error: ") and len(said) == 2  # by the program, and by the launcher
+    assert done.stderr.strip().splitlines()[-2] == f"  traceback : {said[0]}"
