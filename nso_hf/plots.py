@@ -9,41 +9,91 @@ from nso_hf.refusal import needs
 
 needs("nso_hf.plots", "recipes", "matplotlib")
 
+Log = Sequence[Mapping[str, Any]]
+"""`trainer.state.log_history`."""
+
+_CURVATURE = {
+    "Trace of the Hessian": ("curvature/trace", "curvature/trace_stderr"),
+    "Largest eigenvalue": ("curvature/lambda_max", "curvature/lambda_max_residual"),
+}
+
 
 def plot_training(
-    log: Sequence[Mapping[str, Any]], path: Path, titles: Mapping[str, str], top: float | None
+    log: Log, path: Path, titles: Mapping[str, str], top: float | None, plain_log: Log = ()
 ) -> None:
-    """Plot what the Trainer logged over the steps.
+    """Plot what the Trainer logged over the steps, and the curvature where it was measured twice.
 
     Args:
-        log: `trainer.state.log_history`.
         titles: name in the log -> title of a panel; the first is the training loss.
         top: upper end of the axes of shares (those named `eval_*`); None: as the data have it.
+        plain_log: of a plain training, to be compared with.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    def series(name: str) -> tuple[list[float], list[float]]:
-        entries = [entry for entry in log if math.isfinite(entry.get(name, math.nan))]
-        return [entry["step"] for entry in entries], [entry[name] for entry in entries]
-
-    panels = [name for name in titles if series(name)[0]]
+    panels = [name for name in titles if _series(log, name)[0]]
     if not panels:  # a run shorter than logging_steps
         panels = ["loss"]
+    measured = _measured(log, plain_log)
+    bars = _CURVATURE if len(measured) > 1 else {}
+    count = len(panels) + len(bars)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 3.5), layout="constrained", squeeze=False
+        1, count, figsize=(4.2 * count, 3.5), layout="constrained", squeeze=False
     )
-    for axis, name in zip(axes[0], panels, strict=True):
-        axis.plot(*series(name), "o-", markersize=3, label="training, mean over evaluations")
-        axis.set_xlabel("optimizer step")
-        highest = 1.1 * max(series(name)[1], default=1)
-        axis.set_ylim(bottom=0, top=top if name.startswith("eval_") and top else highest)
+    for axis, name in zip(axes[0], panels, strict=False):
+        _draw_series(axis, name, log, plain_log)
         axis.set_title(titles[name])
-        if name == "loss" and series("eval_loss")[0]:
-            axis.plot(*series("eval_loss"), "s-", label="validation, at W")
-            axis.set_ylim(top=max(highest, 1.1 * max(series("eval_loss")[1])))
-            axis.legend()
+        if name.startswith("eval_") and top:
+            axis.set_ylim(top=top)
+    for axis, (title, (value, error)) in zip(axes[0][len(panels) :], bars.items(), strict=True):
+        heights = [entry[value] for entry in measured.values()]
+        errors = [entry[error] for entry in measured.values()]
+        axis.bar(list(measured), heights, yerr=errors, capsize=6, color=["0.7", "C0", "C1"])
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(f"{title} ± its error")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def measured_before(log: Log) -> Mapping[str, Any] | None:
+    """The curvature of the model that training began with, if it was measured."""
+    return next((e for e in log if "curvature/trace" in e and e["step"] == 0), None)
+
+
+def _measured(log: Log, plain_log: Log) -> dict[str, Mapping[str, Any]]:
+    """The curvature before training and after each."""
+    runs = {"NSO" if plain_log else "after": log, "plain": plain_log}
+    last = {
+        name: next((e for e in reversed(entries) if "curvature/trace" in e), None)
+        for name, entries in runs.items()
+    }
+    return {name: e for name, e in {"before": measured_before(log), **last}.items() if e}
+
+
+def _draw_series(axis: Any, name: str, log: Log, plain_log: Log) -> None:
+    lines = {"NSO" if plain_log else "": (name, log), "plain": (name, plain_log)}
+    if name == "loss":
+        lines = {
+            "training, mean over evaluations": ("loss", log),
+            "plain training, at W": ("loss", plain_log),
+            "validation, at W": ("eval_loss", log),
+            "plain validation, at W": ("eval_loss", plain_log),
+        }
+    highest = 0.0
+    for number, (label, (key, entries)) in enumerate(lines.items()):
+        steps, values = _series(entries, key)
+        if steps:
+            style = "s--" if key != name else "o-"
+            axis.plot(steps, values, style, markersize=3, color=f"C{number % 2}", label=label)
+            highest = max(highest, *values)
+    axis.set_xlabel("optimizer step")
+    axis.set_ylim(bottom=0, top=1.1 * highest or 1)
+    if (plain_log or name == "loss") and axis.lines:
+        axis.legend()
+
+
+def _series(log: Log, name: str) -> tuple[list[float], list[float]]:
+    entries = [entry for entry in log if math.isfinite(entry.get(name, math.nan))]
+    return [entry["step"] for entry in entries], [entry[name] for entry in entries]

@@ -266,6 +266,11 @@ class NSOTrainerMixin(_Base):
         self._nso_measurements, self._nso_measured_step = {}, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs and self._nso_weights is None:
+            logger.warning(
+                f"Nothing was left to train: step {self.state.global_step} was the last."
+            )
+            return
         if "loss" in logs:
             for name, value in self._nso_measurements.items():
                 if isinstance(value, Tensor):

@@ -10,21 +10,22 @@ choose the best checkpoint), and on test questions before training and once at i
 of `TrainingArguments` is an option too.
 """
 
+import copy
+import gc
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, set_seed
 
 from nso_hf import NSOArguments, NSOConfig, NSOTrainer
-from nso_hf.checkpoints import checkpoint_to_resume, how_to_go_on
+from nso_hf.checkpoints import checkpoint_to_resume, how_to_go_on, last_complete_checkpoint
 from nso_hf.command_line import RecipeParser, run
 from nso_hf.curvature import CurvatureCallback
-from nso_hf.plots import plot_training
 from nso_hf.reasoning.evaluation import Evaluation, evaluate_answers
 from nso_hf.reasoning.examples import (
     PRESETS,
@@ -37,7 +38,7 @@ from nso_hf.reasoning.examples import (
 from nso_hf.reasoning.generated import generate_examples
 from nso_hf.reasoning.models import ModelOptions, check_lengths, load_model
 from nso_hf.reasoning.prompts import PromptFormat, training_rows
-from nso_hf.reasoning.report import TITLES, print_results
+from nso_hf.reasoning.report import report
 from nso_hf.recorded_options import RecordedOptions, fingerprint
 from nso_hf.refusal import refusal
 
@@ -207,7 +208,13 @@ class DataOptions:
 @dataclass
 class CurvatureOptions:
     _argument_group_name = "curvature"
-    _may_change = ("curvature", "curvature_examples", "curvature_samples", "curvature_steps")
+    _may_change = (
+        "curvature",
+        "curvature_examples",
+        "curvature_samples",
+        "curvature_steps",
+        "compare_plain",
+    )
 
     curvature: bool = field(
         default=False,
@@ -227,6 +234,13 @@ class CurvatureOptions:
     curvature_steps: int | None = field(
         default=None,
         metadata={"help": "Measure it before training too, and after each so many steps."},
+    )
+    compare_plain: bool = field(
+        default=False,
+        metadata={
+            "help": "Train plainly (sigma 0) too, from the same start with the same data and "
+            "steps, in OUTPUT_DIR/plain, and show both."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -286,9 +300,46 @@ def summary(evaluation: Evaluation) -> dict[str, float]:
     return counts | evaluation.metrics
 
 
+def plainly(args: NSOConfig) -> NSOConfig:
+    """The same training at sigma 0 in a folder of its own; where the other goes on, so does it."""
+    plain = copy.copy(args)
+    plain.method, plain.method_kwargs = "nso", None
+    plain.sigma, plain.log_sharpness = 0.0, False
+    output = Path(str(args.output_dir)) / "plain"
+    last = last_complete_checkpoint(output, args.world_size)
+    resumes = args.resume_from_checkpoint is not None and last is not None
+    plain.output_dir, plain.resume_from_checkpoint = str(output), str(last) if resumes else None
+    return plain
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0])
     model_options, data, curvature, args = parser.parse(argv)
+    if curvature.compare_plain and args.sigma == 0:
+        cure = "Raise --sigma, or leave it out"
+        raise refusal("compare_plain", True, "at sigma 0 both would be plain training", cure)
+    results = fine_tune(model_options, data, curvature, args, args)
+    if curvature.compare_plain:
+        gc.collect()  # the first model, before the second is loaded
+        if args.process_index == 0:
+            print("Plain training, for comparison, from the same start.", flush=True)
+        once = replace(data, evaluate_before=False), replace(curvature, curvature_steps=None)
+        results["plain"] = fine_tune(model_options, *once, plainly(args), args)
+    if args.process_index == 0:
+        report(results, Path(str(args.output_dir)))
+
+
+def fine_tune(
+    model_options: ModelOptions,
+    data: DataOptions,
+    curvature: CurvatureOptions,
+    args: NSOConfig,
+    asked: NSOConfig,
+) -> dict[str, Any]:
+    """Train, evaluate, write the model and the predictions; return what goes into results.json.
+
+    `asked` are the training options of the command, which `args` are made from.
+    """
     checkpoint = checkpoint_to_resume(args)
     recorded = RecordedOptions(args, model_options, data, curvature, checkpoint=checkpoint)
     started = time.monotonic()
@@ -382,6 +433,8 @@ def main(argv: list[str] | None = None) -> None:
             before_file.write_text(json.dumps(before, indent=2))
         answering_seconds = time.monotonic() - began
 
+    name = trainer.nso_backend.name
+    recorded.check("backend", name, "back end", name)
     trainer.add_callback(recorded)
     if data.evaluate_before and not checkpoint:
         trainer.add_callback(AtTheBeginning(answer_before))
@@ -394,13 +447,13 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_model()
         answers = answer(test, "Test, after training")
     except KeyboardInterrupt:
-        sys.exit(f"\n{how_to_go_on(args, trainer.state.global_step)}")
+        sys.exit(f"\n{how_to_go_on(asked, trainer.state.global_step)}")
     measured = [entry for entry in trainer.state.log_history if "curvature/trace" in entry]
     train_seconds -= sum(entry["curvature/seconds"] for entry in measured)
     after = summary(answers)
-    if not trainer.is_world_process_zero():
-        return
-    results = {
+    if trainer.is_world_process_zero():
+        answers.write(output / "predictions.jsonl")
+    return {
         "before": before,
         "after": after,
         "steps": trainer.state.global_step,
@@ -420,10 +473,6 @@ def main(argv: list[str] | None = None) -> None:
         "options": recorded.history,
         "log": trainer.state.log_history,
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    answers.write(output / "predictions.jsonl")
-    plot_training(trainer.state.log_history, output / "training.png", TITLES, top=1.0)
-    print_results(before, after, trainer.state.log_history, output)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nso_hf import NSOTrainer
+from nso_hf.figures import with_error
 from nso_hf.reasoning.answers import judge
 from nso_hf.reasoning.evaluation import evaluate_answers
 from nso_hf.reasoning.examples import Example
@@ -114,7 +116,7 @@ def test_curvature_is_in_the_table_and_leaves_training_alone(tmp_path, capsys):
     rows = [line for line in printed.splitlines() if "trace of the Hessian" in line]
     (row,) = rows
     for entry in (measured[0], measured[-1]):
-        assert f"{entry['curvature/trace']:.4g} ±" in row
+        assert with_error(entry["curvature/trace"], entry["curvature/trace_stderr"]) in row
     assert json.loads((tmp_path / "plain" / "results.json").read_text())["curvature"] is None
 
 
@@ -163,13 +165,13 @@ def test_going_on_with_something_else(tmp_path, capsys):
         with pytest.raises(ValueError, match=message):
             main(flags(model, output, **(options | changed)))
     write("b")
-    with pytest.raises(ValueError, match=r"data.jsonl': the training examples are not those"):
+    with pytest.raises(ValueError, match=r"data.jsonl': not the training examples that"):
         main(flags(model, output, **options))
     write("a")
     file = model / "model.safetensors"
     saved = file.read_bytes()
     save_file({n: w + 1 for n, w in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model_name_or_path=.*: the weights are not those"):
+    with pytest.raises(ValueError, match=r"model_name_or_path=.*: not the weights that"):
         main(flags(model, output, **options))
     assert (output / "results.json").read_text() == results  # nothing of the earlier run is lost
     file.write_bytes(saved)
@@ -345,3 +347,51 @@ def test_label_smoothing_with_an_encoder_decoder(tmp_path):
     main(flags(model, tmp_path / "out", label_smoothing_factor=0.1, max_steps=2))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["steps"] == 2
+
+
+def test_plain_training_beside_nso(tmp_path, capsys, monkeypatch):
+    """The plain column is what a run of its own at sigma 0 gives, also after an interrupt of it."""
+    model = save_model("llama", tmp_path / "model")
+    options = {"lora_r": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    measuring = {"curvature": "true", "curvature_examples": 4, "curvature_samples": 3}
+    compared = {**options, **measuring, "curvature_steps": 4, "compare_plain": "true"}
+    original = NSOTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):  # in the fourth step of the plain training
+        if self.args.sigma == 0 and self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NSOTrainer, "training_step", interrupted)
+        with pytest.raises(SystemExit, match=r"at step 3; .*resume_from_checkpoint last goes on"):
+            main(flags(model, tmp_path / "both", **compared))
+    main(flags(model, tmp_path / "both", **compared, resume_from_checkpoint="last"))
+    printed = capsys.readouterr().out
+    main(flags(model, tmp_path / "alone", **{**options, **measuring, "sigma": 0}))
+    both, alone = (
+        json.loads((tmp_path / run / "results.json").read_text()) for run in ("both", "alone")
+    )
+    plain = both["plain"]
+    for key in ("loss", "curvature/trace", "curvature/lambda_max"):
+        expected = [entry[key] for entry in alone["log"] if key in entry]
+        assert expected and [entry[key] for entry in plain["log"] if key in entry] == expected
+    assert plain["after"] == alone["after"] and plain["nso_options"]["sigma"] == 0
+    assert both["curvature"]["curvature/trace"] != plain["curvature"]["curvature/trace"]
+    header = next(line for line in printed.splitlines() if "before" in line)
+    assert header.index("before") < header.index("NSO") < header.index("plain")
+    assert "'train_loss': '0'" not in printed  # where the NSO training had been finished
+
+
+def test_compared_with_itself(tmp_path):
+    with pytest.raises(ValueError, match=r"compare_plain=True: at sigma 0 both would be plain"):
+        main(flags("m", tmp_path, sigma=0, compare_plain="true"))
+
+
+def test_a_finished_run_says_that_nothing_was_left(tmp_path):
+    model = save_model("gpt2", tmp_path / "model")
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    main(flags(model, tmp_path / "out", **saving))
+    main(flags(model, tmp_path / "out", **saving, resume_from_checkpoint="last"))
+    log = json.loads((tmp_path / "out" / "results.json").read_text())["log"]
+    assert [entry for entry in log if entry.get("train_loss") == 0] == []

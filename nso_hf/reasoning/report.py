@@ -1,11 +1,18 @@
 """What a finished run shows: a table in the terminal, and the titles of its plot."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from nso_hf.figures import with_error
+from nso_hf.plots import measured_before, plot_training
 from nso_hf.refusal import needs
 
 needs("nso_hf.reasoning.report", "recipes", "rich")
+
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
 _MEASURES = {
     "accuracy": "accuracy",
@@ -14,13 +21,9 @@ _MEASURES = {
     "complete": "complete",
 }
 
-_CURVATURE: dict[str, Callable[[Mapping[str, float]], str]] = {
-    "trace of the Hessian": lambda entry: (
-        f"{entry['curvature/trace']:.4g} ± {entry['curvature/trace_stderr']:.2g}"
-    ),
-    "largest eigenvalue": lambda entry: (
-        f"{entry['curvature/lambda_max']:.4g} ± {entry['curvature/lambda_max_residual']:.2g}"
-    ),
+_CURVATURE = {
+    "trace of the Hessian": ("curvature/trace", "curvature/trace_stderr"),
+    "largest eigenvalue": ("curvature/lambda_max", "curvature/lambda_max_residual"),
 }
 
 TITLES = {
@@ -30,40 +33,48 @@ TITLES = {
 }
 
 
-def print_results(
-    before: Mapping[str, float] | None,
-    after: Mapping[str, float],
-    log: Sequence[Mapping[str, float]],
-    output: Path,
-) -> None:
-    """Print the test results with counts and standard errors, the curvature where it was measured,
-    and where the files are."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Test, {after['questions']:.0f} held-out questions")
-    table.add_column("measure")
-    columns = ([("before", before)] if before else []) + [("after", after)]
-    for name, _ in columns:
-        table.add_column(name, justify="right")
-    for measure, title in _MEASURES.items():
-        cells = []
-        for _, results in columns:
-            count = round(results[measure] * results["questions"])
-            error = f" ± {results['accuracy_stderr']:.1%}" if measure == "accuracy" else ""
-            cells.append(f"{results[measure]:.1%}{error} ({count})")
-        table.add_row(title, *cells)
-    curvature = [entry for entry in log if "curvature/trace" in entry]
-    if curvature:
-        untrained = [entry for entry in curvature if entry["step"] == 0]
-        ends = ([untrained[:1]] if before else []) + [curvature[-1:]]
-        for title, figure in _CURVATURE.items():
-            table.add_row(title, *(figure(entries[0]) if entries else "" for entries in ends))
+def report(results: Mapping[str, Any], output: Path) -> None:
+    """Write results.json and training.png to `output` and print a table: of the test questions and
+    of the curvature, before and after training, and of the "plain" training where there was one."""
+    text = json.dumps(results, indent=2) + "\n"
+    (output / "results.json").write_text(text, encoding="utf-8")
+    log, plain = results["log"], results.get("plain")
+    plot_training(log, output / "training.png", TITLES, 1.0, plain["log"] if plain else ())
     console = Console()
-    console.print(table)
+    console.print(_table(results))
     for name in ("loss", "nso/sigma", "nso/perturbation_norm", "nso/trace_estimate"):
         values = [entry[name] for entry in log if name in entry]
         if values:
             console.print(f"{name}: {values[0]:.4g} in the first log, {values[-1]:.4g} in the last")
-    names = ["results.json", "predictions.jsonl", "training.png"]
-    console.print("Written: " + ", ".join(str(output / name) for name in names), soft_wrap=True)
+    console.print("Written:")
+    for name in ("results.json", "predictions.jsonl", "training.png"):
+        console.print(f"  {output / name}", soft_wrap=True)
+
+
+def _table(results: Mapping[str, Any]) -> Table:
+    after, plain = results["after"], results.get("plain")
+    columns = {
+        "before": (results["before"], measured_before(results["log"])),
+        "NSO" if plain else "after": (after, results["curvature"]),
+        "plain": (plain["after"], plain["curvature"]) if plain else (None, None),
+    }
+    columns = {name: column for name, column in columns.items() if any(column)}
+    table = Table(title=f"Test, {after['questions']:.0f} held-out questions")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for measure, title in _MEASURES.items():
+        table.add_row(title, *(_share(answered, measure) for answered, _ in columns.values()))
+    if results["curvature"]:
+        for title, (value, error) in _CURVATURE.items():
+            cells = [with_error(c[value], c[error]) if c else "" for _, c in columns.values()]
+            table.add_row(title, *cells)
+    return table
+
+
+def _share(answered: Mapping[str, float] | None, measure: str) -> str:
+    if answered is None:
+        return ""
+    count = round(answered[measure] * answered["questions"])
+    error = f" ± {answered['accuracy_stderr']:.1%}" if measure == "accuracy" else ""
+    return f"{answered[measure]:.1%}{error} ({count})"
