@@ -13,7 +13,6 @@ of `TrainingArguments` is an option too.
 import copy
 import gc
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,10 +22,11 @@ from typing import Any
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, set_seed
 
 from nso_hf import NSOArguments, NSOConfig, NSOTrainer
-from nso_hf.checkpoints import checkpoint_to_resume, how_to_go_on, last_complete_checkpoint
+from nso_hf.checkpoints import checkpoint_to_resume, last_complete_checkpoint, resumable
 from nso_hf.command_line import RecipeParser, run
 from nso_hf.curvature import CurvatureCallback
-from nso_hf.reasoning.evaluation import Evaluation, evaluate_answers
+from nso_hf.readiness import check_ready
+from nso_hf.reasoning.evaluation import METRICS, Evaluation, evaluate_answers
 from nso_hf.reasoning.examples import (
     PRESETS,
     Columns,
@@ -300,6 +300,34 @@ def summary(evaluation: Evaluation) -> dict[str, float]:
     return counts | evaluation.metrics
 
 
+def counted(
+    data: DataOptions,
+    train: list[Example],
+    validation: list[Example],
+    test: list[Example],
+    texts: int,
+    too_long: int,
+) -> str:
+    """How many texts and questions there are, and why there are fewer than asked for."""
+    splits = (train, validation, test)
+    questions = [len({example.question for example in split}) for split in splits]
+    text = f"{texts} training texts of {questions[0]} questions"
+    if too_long:
+        text += f" ({too_long} longer than {data.max_length} tokens left out)"
+    wanted = (data.train_size or (1000 if data.task else 0), data.validation_size, data.test_size)
+    text += f", {questions[1]} validation and {questions[2]} test questions"
+    fewer = [
+        f"{there} of {size} {name}"
+        for name, there, size in zip(
+            ("training", "validation", "test"), questions, wanted, strict=True
+        )
+        if size and there < size
+    ]
+    if fewer:
+        text += f"\n{', '.join(fewer)} questions: the rest occur twice, or there are no more"
+    return text
+
+
 def plainly(args: NSOConfig) -> NSOConfig:
     """The same training at sigma 0 in a folder of its own; where the other goes on, so does it."""
     plain = copy.copy(args)
@@ -315,6 +343,7 @@ def plainly(args: NSOConfig) -> NSOConfig:
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0])
     model_options, data, curvature, args = parser.parse(argv)
+    check_ready(args, ["loss", *METRICS])
     if curvature.compare_plain and args.sigma == 0:
         cure = "Raise --sigma, or leave it out"
         raise refusal("compare_plain", True, "at sigma 0 both would be plain training", cure)
@@ -410,13 +439,7 @@ def fine_tune(
     trainer.answer = lambda: answer(validation, "Validation")
     output = Path(str(args.output_dir))
     if trainer.is_world_process_zero():
-        left_out = (
-            f" ({too_long} longer than {data.max_length} tokens left out)" if too_long else ""
-        )
-        print(
-            f"{len(rows)} training texts{left_out}, {len(validation)} validation and {len(test)} "
-            "test questions"
-        )
+        print(counted(data, train, validation, test, len(rows), too_long))
         print(f"prompt: {prompt_format.prompt(train[0].question)!r}")
         print(f"completion: {prompt_format.completions(train[0])[0]!r}", flush=True)
     before_file = output / "before.json"  # read by a resumed run, whose model has changed since
@@ -441,13 +464,11 @@ def fine_tune(
     if curvature.curvature:
         trainer.add_callback(curvature.callback(trainer, rows))
     train_started = time.monotonic()
-    try:
+    with resumable(asked, lambda: trainer.state):
         trainer.train(resume_from_checkpoint=checkpoint)
         train_seconds = time.monotonic() - train_started - answering_seconds
         trainer.save_model()
         answers = answer(test, "Test, after training")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{how_to_go_on(asked, trainer.state.global_step)}")
     measured = [entry for entry in trainer.state.log_history if "curvature/trace" in entry]
     train_seconds -= sum(entry["curvature/seconds"] for entry in measured)
     after = summary(answers)

@@ -395,3 +395,28 @@ def test_a_finished_run_says_that_nothing_was_left(tmp_path):
     main(flags(model, tmp_path / "out", **saving, resume_from_checkpoint="last"))
     log = json.loads((tmp_path / "out" / "results.json").read_text())["log"]
     assert [entry for entry in log if entry.get("train_loss") == 0] == []
+
+
+def test_counts_are_of_texts_and_of_questions(tmp_path, capsys):
+    questions = [f"q{i}" for i in range(12)]
+    rows = [
+        {"question": q, "rationale": ["one way", "or another"], "answer": "1"} for q in questions
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = save_model("gpt2", tmp_path / "model")
+    main(
+        flags(
+            model,
+            tmp_path / "out",
+            dataset=tmp_path,
+            dataset_kwargs="{}",
+            validation_size=2,
+            test_size=3,
+            train_size=9,
+            max_steps=1,
+        )
+    )
+    printed = capsys.readouterr().out
+    # 12 questions, of which 3 and 2 are held out; each of the 7 left has two rationales.
+    assert "14 training texts of 7 questions, 2 validation and 3 test questions" in printed
+    assert "7 of 9 training questions" in printed
