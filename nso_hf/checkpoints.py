@@ -1,9 +1,13 @@
 """Finding the checkpoint to go on from."""
 
+import errno
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import TrainingArguments
+from safetensors import SafetensorError
+from transformers import TrainerState, TrainingArguments
 
 from nso_hf.refusal import refusal
 
@@ -53,12 +57,37 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return None if asked is None else str(asked)
 
 
+@contextmanager
+def resumable(args: TrainingArguments, state: Callable[[], TrainerState]) -> Iterator[None]:
+    """Inside, an interrupt or a full disk ends the program in a line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"\n{how_to_go_on(args, state().global_step)}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        rule = f"the disk is full; what was being written at step {state().global_step} is lost"
+        cure = f"Free some space. {_last_checkpoint(args)}"
+        raise refusal("output_dir", str(args.output_dir), rule, cure) from error
+
+
 def how_to_go_on(args: TrainingArguments, step: int) -> str:
     """What to tell who interrupted a run at this step."""
+    return f"Interrupted at step {step}; {_last_checkpoint(args)}."
+
+
+def _last_checkpoint(args: TrainingArguments) -> str:
     last = last_complete_checkpoint(Path(str(args.output_dir)), args.world_size)
     cure = "the same command with --resume_from_checkpoint last goes on"
-    cure = cure if last else "no checkpoint was saved yet"
-    return f"Interrupted at step {step}; last checkpoint: {last}; {cure}."
+    return f"last checkpoint: {last}; {cure if last else 'no checkpoint was saved yet'}"
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # safetensors' and torch.save's errors have no number.
+    return any(text in str(error) for text in ("No space left", "PytorchStreamWriter failed"))
 
 
 def _is_complete(checkpoint: Path, processes: int) -> bool:

@@ -115,7 +115,7 @@ class CLIPTrainer(NSOTrainer):
 
     def _check_options(self, args: CLIPConfig) -> None:
         best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-        if args.load_best_model_at_end and best not in (known := ["loss", *METRICS]):
+        if args.eval_strategy != "no" and best not in (known := ["loss", *METRICS]):
             raise refusal("metric_for_best_model", best, "unknown", f"Use {', '.join(known)}")
         for option in ("coca_caption_weight", "coca_contrastive_weight"):
             is_default = getattr(args, option) == getattr(CLIPConfig, option)

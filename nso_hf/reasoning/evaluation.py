@@ -17,6 +17,9 @@ from nso_hf.reasoning.answers import judge
 from nso_hf.reasoning.examples import Example
 from nso_hf.reasoning.prompts import PromptFormat
 
+METRICS = ("accuracy", "accuracy_stderr", "contains_answer", "correct_format", "complete")
+"""The names of what an evaluation measures."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
