@@ -7,14 +7,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nso_hf.arguments import NSOArguments
 from nso_hf.backends import Weight
-from nso_hf.refusal import refusal
+from nso_hf.refusal import Refusal, refusal
+from nso_hf.storage import without_aliases
 
 
-def select_perturbed(weights: Sequence[Weight], args: NSOArguments) -> list[Weight]:
-    """The trainable ones among all `weights` of a model that the options of `args` select.
-
+def check_patterns(weights: Sequence[Weight], args: NSOArguments) -> None:
+    """
     Raises:
-        ValueError: a pattern matches no weight, no weight is selected, or one cannot carry noise.
+        ValueError: a pattern of `args` matches none of all `weights` of a model.
     """
     for option in ("perturb_include", "perturb_exclude"):
         for pattern in getattr(args, option) or []:
@@ -22,6 +22,15 @@ def select_perturbed(weights: Sequence[Weight], args: NSOArguments) -> list[Weig
                 names = ", ".join(weight.name for weight in weights[:3])
                 cure = f"Use part of a parameter's name, such as {names}"
                 raise refusal(option, pattern, "matches no parameter", cure)
+
+
+def select_perturbed(weights: Sequence[Weight], args: NSOArguments) -> list[Weight]:
+    """The trainable ones among all `weights` of a model that the options of `args` select, each
+    place in memory once.
+
+    Raises:
+        ValueError: one of them cannot carry noise, or shares a part of its memory with another.
+    """
     selected = [
         weight
         for weight in weights
@@ -30,15 +39,18 @@ def select_perturbed(weights: Sequence[Weight], args: NSOArguments) -> list[Weig
         and (args.perturb_include is None or _matches(weight, args.perturb_include))
         and not _matches(weight, args.perturb_exclude or [])
     ]
-    if not selected:
-        trainable = sum(weight.parameter.requires_grad for weight in weights)
-        options = ("perturb_include", "perturb_exclude", "perturb_min_ndim")
-        rule = f"{trainable} of {len(weights)} parameters are trainable, none of them is perturbed"
-        cure = "Make parameters trainable, or widen these options"
-        raise refusal("perturb_*", {o: getattr(args, o) for o in options}, rule, cure)
     for weight in selected:
         _check_can_carry_noise(weight)
-    return selected
+    return without_aliases(selected)
+
+
+def nothing_to_perturb(weights: Sequence[Weight], args: NSOArguments) -> Refusal:
+    """The error for a training in which `select_perturbed` selects none of all `weights`."""
+    trainable = sum(weight.parameter.requires_grad for weight in weights)
+    options = ("perturb_include", "perturb_exclude", "perturb_min_ndim")
+    rule = f"{trainable} of {len(weights)} parameters are trainable, none of them is perturbed"
+    cure = "Make parameters trainable, or widen these options"
+    return refusal("perturb_*", {o: getattr(args, o) for o in options}, rule, cure)
 
 
 def _matches(weight: Weight, patterns: Sequence[str]) -> bool:
@@ -47,6 +59,10 @@ def _matches(weight: Weight, patterns: Sequence[str]) -> bool:
 
 def _check_can_carry_noise(weight: Weight) -> None:
     data = weight.data
+    if data.is_complex():
+        rule = f"its elements are complex ({data.dtype}), the noise is real"
+        cure = "Leave it out with perturb_exclude, or train its real and imaginary part"
+        raise refusal("parameter", weight.name, rule, cure)
     is_real = data.is_floating_point() and data.element_size() >= 2
     if not is_real or is_traceable_wrapper_subclass(data):
         rule = f"no noise can be added to a quantised {type(data).__name__} ({data.dtype})"

@@ -5,7 +5,7 @@ One training step is a loop over the method's points: displace the weights, call
 """
 
 import copy
-import re
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,14 @@ from transformers.utils import logging
 
 from nso_hf.arguments import NSOArguments
 from nso_hf.backends import Backend, Weight, check, select
+from nso_hf.edits import edits_refused
+from nso_hf.generation import check_generates_nothing, generation_refused
 from nso_hf.methods import METHODS, Point, Step
 from nso_hf.perturbation import Perturbation, borrowed
 from nso_hf.refusal import refusal
-from nso_hf.selection import select_perturbed
-from nso_hf.side_effects import without_side_effects
+from nso_hf.selection import check_patterns, nothing_to_perturb, select_perturbed
+from nso_hf.side_effects import SideEffects, copied
+from nso_hf.weighting import weighted_backward
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -29,11 +32,6 @@ else:
     _Base = object
 
 logger = logging.get_logger(__name__)
-
-_GENERATING = re.compile(
-    r"(GRPO|A2PO|GMPO|RLOO|PPO|Distillation|GKD|GOLD|MiniLLM|OnlineDPO|NashMD|XPO|SDFT|SDPO|IWOPD)"
-    r"\w*Trainer$"
-)  # they generate, or count their calls, inside `training_step`
 
 _FORWARD_SHARE = 1 / 3  # of the floating-point operations of a forward and backward pass
 
@@ -60,19 +58,28 @@ class NSOTrainerMixin(_Base):
             rule = "with NSOTrainerMixin behind the trainer its training_step is never called"
             cure = "Write class MyTrainer(NSOTrainerMixin, SomeTrainer)"
             raise refusal("bases", bases, rule, cure)
+        # Of the class whose arguments it takes, for help, editors and other libraries.
+        owner: Any = next(
+            base for base in cls.__mro__ if "__init__" in vars(base) and base is not NSOTrainerMixin
+        )
+        parameters = list(inspect.signature(owner.__init__).parameters.values())
+        cls.__signature__ = inspect.Signature(parameters[1:])
+
+    __signature__: inspect.Signature
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._nso_defaults = NSOArguments()
         self._nso_micro_batch = 0  # of this process, within the optimizer step
+        self._nso_all_weights: list[Weight] = []
         self._nso_weights: list[Weight] | None = None  # the perturbed ones of this optimizer step
+        self._nso_side_effects: SideEffects | None = None
         self._nso_measured_step: int | None = None  # whose measurements go into the next log
         self._nso_measurements: dict[str, float | Tensor] = {}
         self._nso_point: Point | None = None  # where the weights are, within a training step
-        for name in (base.__name__ for base in type(self).__mro__):
-            if _GENERATING.search(name):
-                rule = "it generates or counts its calls inside training_step, which NSO repeats"
-                cure = "Use a trainer whose training_step is one forward and backward pass"
-                raise refusal("trainer", name, rule, cure)
+        self._nso_inputs: Any = None  # of this evaluation, prepared
+        self._nso_is_awaited = False  # there is a batch, and no training step of it yet
+        self._nso_is_first = True  # step of a training, or after an evaluation
+        check_generates_nothing(type(self))
         super().__init__(*args, **kwargs)
         assert self.model is not None
         self._nso_select(self.model)
@@ -100,6 +107,7 @@ class NSOTrainerMixin(_Base):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         # Called once per optimizer step, for all its micro-batches.
+        self._nso_check_was_called()
         self._nso_micro_batch = 0
         self._nso_weights = None
         if (
@@ -107,20 +115,38 @@ class NSOTrainerMixin(_Base):
             and self._nso_measured_step >= self.state.global_step
         ):
             self._nso_forget_measurements()  # of an attempt that failed, or of an earlier training
-        return super().get_batch_samples(*args, **kwargs)
+        result = super().get_batch_samples(*args, **kwargs)
+        self._nso_is_awaited = bool(result[0])
+        return result
+
+    def _nso_check_was_called(self) -> None:
+        if self._nso_is_awaited and METHODS[self.nso_args.method].displaces(self.nso_args):
+            rule = "it does not call super().training_step, where the method is: training is plain"
+            cure = "Call it, or override compute_loss instead"
+            raise refusal("training_step", type(self).__qualname__, rule, cure)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._nso_is_awaited, self._nso_is_first = False, True
+        if self.model is not None:  # as in all trials of a hyperparameter search but the first
+            self._nso_select_for_training(self.model)
         try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._nso_weights = None  # or they would outlive a model that is moved or made anew
+            result = super().train(*args, **kwargs)
+        finally:  # or they would outlive a model that is moved or made anew
+            self._nso_weights, self._nso_all_weights, self._nso_side_effects = None, [], None
+        self._nso_check_was_called()
+        return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer takes one more step where it resumes a training that ended within an epoch.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
         else:
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
             self.control.should_training_stop = True
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        # Once for all evaluations of a micro-batch, at W.
+        return inputs if inputs is self._nso_inputs else super()._prepare_inputs(inputs)
 
     def training_step(
         self,
@@ -130,12 +156,19 @@ class NSOTrainerMixin(_Base):
     ) -> Tensor:
         """Add the method's gradient of one micro-batch to `.grad`.
 
+        What a base trainer does in its own `training_step` it does in every evaluation, at
+        displaced weights.
+
         Returns:
             The loss to report, a detached scalar: for NSO the weighted mean over its evaluations.
         """
+        self._nso_is_awaited = False
+        self._nso_is_first |= not model.training  # an evaluation came between
+        model.train()
         if callable(switch := getattr(self.optimizer, "train", None)):
             switch()  # schedule-free optimizers edit the weights here: before they are backed up
         step = self._nso_step(model)
+        inputs = super()._prepare_inputs(inputs)
         points = METHODS[self.nso_args.method](self.nso_args).points(step)
         backend = self.nso_backend
         with (
@@ -144,6 +177,8 @@ class NSOTrainerMixin(_Base):
             self._nso_in_a_step(),
         ):
             point = next(points)
+            if not point.last:
+                backend.share_buffers()
             while True:
                 perturbation.move_to(point.displacement, point.sign)
                 self._nso_point = point
@@ -154,6 +189,7 @@ class NSOTrainerMixin(_Base):
                 except StopIteration as end:
                     assert point.last, "a method's final point must be marked as the last"
                     self._nso_keep_measurements(step)
+                    self._nso_is_first = False
                     reported: Tensor = end.value
                     return reported
                 assert not point.last, "a method went on after the point it marked as the last"
@@ -164,7 +200,7 @@ class NSOTrainerMixin(_Base):
         try:
             yield
         finally:
-            self._nso_point = None
+            self._nso_point = self._nso_inputs = None
 
     def _nso_gradient_at(
         self,
@@ -178,54 +214,54 @@ class NSOTrainerMixin(_Base):
         weight; returns the loss."""
         with ExitStack() as stack:
             if not point.last:
-                keep_random_state = self.nso_args.common_random_numbers or point.weight == 0
-                devices = {
-                    self.accelerator.device,
-                    *(weight.data.device for weight in step.weights),
-                }
-                stack.enter_context(without_side_effects(self, model, devices, keep_random_state))
-                is_first = self._nso_micro_batch == 1
-                stack.enter_context(self.nso_backend.accumulate_only(is_first))
+                stack.enter_context(self._nso_unnoticed(step, model, point))
                 share = 1 if point.weight else _FORWARD_SHARE
                 flops = share * float(self.floating_point_ops(inputs))
                 self.current_flos += flops  # type: ignore[assignment]
-            if point.weight == 0:
-                stack.enter_context(torch.no_grad())
-            stack.enter_context(self._nso_weighted_backward(point.weight))
-            # A shallow copy, since `compute_loss` may pop the labels.
-            return super().training_step(model, copy.copy(inputs), num_items_in_batch).float()
+            if not point.last or point.displacement is not None:
+                every, displaced = self._nso_all_weights, step.weights
+                stack.enter_context(edits_refused(every, displaced, self._nso_is_first))
+                stack.enter_context(generation_refused(self.accelerator.unwrap_model(model)))
+            stack.enter_context(weighted_backward(self.accelerator, point.weight, type(self)))
+            # `compute_loss` may pop the labels, or edit what it was given.
+            self._nso_inputs = copy.copy(inputs) if point.last else copied(inputs)
+            loss = super().training_step(model, self._nso_inputs, num_items_in_batch)
+        return loss if loss.dtype == torch.float64 else loss.float()
 
     @contextmanager
-    def _nso_weighted_backward(self, weight: float) -> Iterator[None]:
-        """Inside, `accelerator.backward` multiplies the loss by `weight`, and does nothing at 0.
-
-        The loss that `training_step` returns stays as it is.
-        """
-        own = vars(self.accelerator).get("backward")
-        backward = self.accelerator.backward
-
-        def weighted(loss: Tensor, **kwargs: Any) -> None:
-            if weight:
-                backward(loss if weight == 1 else loss * weight, **kwargs)
-
-        self.accelerator.backward = weighted
-        try:
+    def _nso_unnoticed(self, step: Step, model: nn.Module, point: Point) -> Iterator[None]:
+        """For a pass that another will follow: it adds to the gradients, and leaves nothing else
+        behind."""
+        keep_random_state = self.nso_args.common_random_numbers or point.weight == 0
+        devices = {self.accelerator.device, *(weight.data.device for weight in step.weights)}
+        if self._nso_side_effects is None:
+            self._nso_side_effects = SideEffects(self, model)
+        with (
+            self._nso_side_effects.undone(devices, keep_random_state),
+            self.nso_backend.accumulate_only(is_first=self._nso_micro_batch == 1),
+        ):
             yield
-        finally:
-            if own is None:
-                del self.accelerator.backward
-            else:
-                self.accelerator.backward = own
 
     def _nso_select(self, model: nn.Module) -> list[Weight]:
         self.nso_backend: Backend = select(self.accelerator, model)
         accumulation, copies = self.args.gradient_accumulation_steps, self.nso_backend.num_copies
-        METHODS[self.nso_args.method].check_micro_batches(self.nso_args, accumulation, copies)
-        return select_perturbed(self.nso_backend.weights(), self.nso_args)
+        method = METHODS[self.nso_args.method]
+        method.check_micro_batches(self.nso_args, accumulation, copies)
+        self._nso_all_weights = self.nso_backend.weights()
+        check_patterns(self._nso_all_weights, self.nso_args)
+        if not method.displaces(self.nso_args):
+            return []
+        return select_perturbed(self._nso_all_weights, self.nso_args)
+
+    def _nso_select_for_training(self, model: nn.Module) -> list[Weight]:
+        selected = self._nso_select(model)
+        if not selected and METHODS[self.nso_args.method].displaces(self.nso_args):
+            raise nothing_to_perturb(self._nso_all_weights, self.nso_args)
+        return selected
 
     def _nso_step(self, model: nn.Module) -> Step:
-        if self._nso_weights is None:
-            self._nso_weights = self._nso_select(model)
+        if self._nso_weights is None or not self.nso_backend.holds(self._nso_weights):
+            self._nso_weights = self._nso_select_for_training(model)
             self.nso_backend.check_prepared()
         backend, number = self.nso_backend, self.state.global_step
         step = Step(
@@ -294,8 +330,8 @@ class NSOSeq2SeqTrainer(NSOTrainerMixin, Seq2SeqTrainer):
     `NSOTrainerMixin`.
     """
 
-    def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
-        if not isinstance(args, Seq2SeqTrainingArguments):
+    def create_accelerator_and_postprocess(self) -> None:
+        if not isinstance(self.args, Seq2SeqTrainingArguments):
             rule = "Seq2SeqTrainer reads options that only Seq2SeqTrainingArguments has"
-            raise refusal("args", type(args).__name__, rule, "Use NSOSeq2SeqConfig")
-        super().__init__(model, args, *rest, **kwargs)
+            raise refusal("args", type(self.args).__name__, rule, "Use NSOSeq2SeqConfig")
+        super().create_accelerator_and_postprocess()

@@ -52,6 +52,11 @@ def trainer(model=None, trainer_class=NSOTrainer, **options) -> Callable[[Path],
     return build
 
 
+def training(**arguments) -> Callable[[Path], object]:
+    """What is refused when training starts, since evaluation would be right."""
+    return lambda folder: trainer(**arguments)(folder).train()
+
+
 def recipe(
     *flags: str, write: dict[str, str] | None = None, model: str = "gpt2"
 ) -> Callable[[Path], object]:
@@ -162,11 +167,49 @@ def offloaded() -> nn.Module:
 
 
 class GRPOTrainer(Trainer):
-    """Stands for TRL's: refused by its name, since it generates inside `training_step`."""
+    """Stands for TRL's: refused, since it generates inside `training_step`."""
+
+    def training_step(self, model, *args):
+        model.generate()
+        return super().training_step(model, *args)
 
 
 class Grouped(NSOTrainerMixin, GRPOTrainer):
     pass
+
+
+def clamped() -> nn.Module:
+    """Clamps a weight of its own in each forward pass."""
+    model = tiny_llama()
+    weight = model.model.norm.weight
+
+    def clamp(*_: object) -> None:
+        weight.data.clamp_(max=0.5)
+
+    model.register_forward_pre_hook(clamp)
+    return model
+
+
+def overlapping() -> nn.Module:
+    model = tiny_llama()
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.weight.data = attention.q_proj.weight.data[:16]
+    return model
+
+
+class Differentiates(Trainer):
+    def training_step(self, model, inputs, *args):
+        loss = self.compute_loss(model, inputs)
+        loss.backward()
+        return loss.detach()
+
+
+class Differentiating(NSOTrainerMixin, Differentiates):
+    pass
+
+
+class Forgetful(NSOTrainer):
+    training_step = Differentiates.training_step
 
 
 class TwoGPUs(NSOConfig):
@@ -218,8 +261,12 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     ),
     "pattern that matches nothing": trainer(perturb_include=["attention_of_another_model"]),
     "exclusion that matches nothing": trainer(perturb_exclude=["lm_heads"]),
-    "everything excluded": trainer(perturb_exclude=["."]),
-    "no trainable parameters": trainer(model=frozen),
+    "everything excluded": training(perturb_exclude=["."]),
+    "no trainable parameters": training(model=frozen),
+    "weights that a pass writes to": training(model=clamped),
+    "weights that overlap": trainer(model=overlapping),
+    "backward of the trainer's own": training(trainer_class=Differentiating),
+    "training step without NSO": training(trainer_class=Forgetful),
     "quantised parameter": trainer(model=in_integers),
     "offloaded weights": trainer(model=offloaded),
     "LOMO": trainer(optim="lomo"),

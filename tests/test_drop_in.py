@@ -110,6 +110,7 @@ def test_the_mixin_overrides_only_what_it_means_to():
     shared = {name for name in vars(NSOTrainerMixin) if hasattr(Trainer, name)}
     overrides = {name for name in shared if not name.startswith("__")}
     assert overrides == {
+        "_prepare_inputs",
         "_run_epoch",
         "create_accelerator_and_postprocess",
         "get_batch_samples",

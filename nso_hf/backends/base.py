@@ -101,6 +101,14 @@ class Backend(ABC):
     def abandon(self) -> None:  # noqa: B027
         """After a pass that an exception cut off: forget it, so that the weights can be written."""
 
+    def holds(self, weights: Sequence[Weight]) -> bool:
+        """Whether the model still keeps its weights there: somebody may have set `.data`."""
+        return True
+
+    def share_buffers(self) -> None:  # noqa: B027
+        """Before the first of several passes: what its forward pass would do to make the buffers
+        of all processes the same, so that they are put back to that."""
+
     @abstractmethod
     def check_prepared(self) -> None:
         """Raise a `ValueError` if the model is about to be trained without what joins the

@@ -1,5 +1,6 @@
 """Whole weights in every process: one process, or several under DistributedDataParallel."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nso_hf.backends.base import Backend, not_prepared
+from nso_hf.backends.base import Backend, Weight, not_prepared
 
 
 class Replicated(Backend):
@@ -22,10 +23,21 @@ class Replicated(Backend):
     def discard_gathered(self) -> None:
         """Nothing is gathered."""
 
+    def holds(self, weights: Sequence[Weight]) -> bool:
+        return all(weight.data.data_ptr() == weight.parameter.data_ptr() for weight in weights)
+
+    def share_buffers(self) -> None:
+        for module in self._wrappers():
+            if module.will_sync_module_buffers():
+                module._sync_buffers()
+                module.require_forward_param_sync = False  # done, for the next forward pass
+
     def check_prepared(self) -> None:
-        wrapped = any(isinstance(m, DistributedDataParallel) for m in self._model.modules())
-        if self.num_processes > 1 and not wrapped:
+        if self.num_processes > 1 and not self._wrappers():
             raise not_prepared(self._model, "wrapped in DistributedDataParallel")
+
+    def _wrappers(self) -> list[DistributedDataParallel]:
+        return [m for m in self._model.modules() if isinstance(m, DistributedDataParallel)]
 
     def total(self, values: Tensor) -> Tensor:
         return self.num_processes * values  # every process has the same

@@ -25,7 +25,7 @@ from nso_hf.clip.pairs import Pairs
 from nso_hf.clip.retrieval import METRICS, retrieval
 from nso_hf.clip.stream import PairStream
 from nso_hf.refusal import refusal
-from nso_hf.side_effects import random_state_kept, running_statistics_kept
+from nso_hf.side_effects import Buffers, random_state_kept
 
 logger = logging.get_logger(__name__)
 
@@ -212,7 +212,7 @@ class CLIPTrainer(NSOTrainer):
             with (
                 torch.no_grad(),
                 random_state_kept({self.args.device}),
-                running_statistics_kept(module),
+                Buffers(module).kept(),
             ):
                 for other in [*range(mine + 1, number), *range(mine)]:
                     found = module(**self._prepare_inputs(self._micro_batches[other]))

@@ -74,6 +74,11 @@ class Method(ABC):
         """Raise a `ValueError` where an optimizer step has a number of micro-batches, accumulation
         steps x copies of the weights, that the method cannot use."""
 
+    @classmethod
+    def displaces(cls, args: "NSOArguments") -> bool:
+        """Whether it ever moves the weights: if not, training is plain."""
+        return True
+
     @abstractmethod
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
         """Yield each point, be sent its loss (a scalar), and return the loss to report for the

@@ -90,6 +90,10 @@ class NSO(Method):
             cure = f"Set gradient_accumulation_steps to a multiple of {multiple}"
             raise refusal("sign", "alternate", rule, f"{cure}, or use sign='both'")
 
+    @classmethod
+    def displaces(cls, args: "NSOArguments") -> bool:
+        return args.sigma > 0 and args.clean_weight < 1
+
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
         lam, k = self.args.clean_weight, self.args.num_perturbations
         share = SIGMA_SCHEDULES[self.args.sigma_schedule](step.progress)

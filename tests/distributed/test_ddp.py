@@ -11,6 +11,9 @@ pytestmark = pytest.mark.distributed
 ONE = {"per_device_train_batch_size": 4, "max_grad_norm": 0.5, "sigma": SIGMA}
 CASES = {
     "static graph": {**NSO, **ONE, "ddp_static_graph": True},
+    "static graph, sharpness": {**ONE, "ddp_static_graph": True, "log_sharpness": True},
+    "counts": {**NSO, **ONE, "counts": True},
+    "counts, plain": {**ONE, "plain": True, "counts": True},
     "alternate": {**ONE, "sign": "alternate"},
 }
 
@@ -27,6 +30,18 @@ def test_a_static_graph_is_reduced_in_each_pass(ranks):
         step, calls, _ = rank["static graph"]["counted"][-1]
         assert step == 2 and calls["allreduce"] == 5
     assert_equal(ranks, "static graph")
+
+
+def test_a_forward_pass_without_a_backward_pass_leaves_a_static_graph_as_it_is(ranks):
+    for rank in ranks:
+        assert_is("ddp", rank["static graph, sharpness"], processes=2)
+    assert_equal(ranks, "static graph, sharpness", k=1, lam=0)
+
+
+def test_buffers_are_those_of_the_first_process_in_every_step(ranks):
+    """They are sent before the first pass of a step, not in it, or they would be put back."""
+    assert [rank["counts, plain"]["counter"] for rank in ranks] == [3, 2 + 2]
+    assert [rank["counts"]["counter"] for rank in ranks] == [3, 2 + 2]
 
 
 def test_two_processes_take_the_two_signs(ranks):

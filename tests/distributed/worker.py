@@ -76,7 +76,8 @@ def make_trainer(case, directory, **kwargs):
             **{k: back_end[k] for k in set(back_end) - {key}},
         }
     own = {
-        name: case.pop(name, None) for name in ("lora", "plain", "dropout", "loaded", "parallel")
+        name: case.pop(name, None)
+        for name in ("lora", "plain", "dropout", "loaded", "parallel", "counts")
     }
     defaults = {
         "lr_scheduler_type": "constant",
@@ -103,7 +104,16 @@ def make_trainer(case, directory, **kwargs):
         **kwargs,
     )
     projection.register_forward_hook(trainer.remember_dtype)
+    if own["counts"]:
+        model.register_buffer("counter", torch.zeros(()))
+        model.register_forward_hook(count_passes)
     return trainer
+
+
+def count_passes(model, *args):
+    """In a buffer, which differs between processes."""
+    if model.training:
+        model.counter += 1 + torch.distributed.get_rank()
 
 
 def facts(trainer):
@@ -164,6 +174,7 @@ def train(case, directory):
         "norms": [entry.get("nso/perturbation_norm") for entry in log],
         "traces": [entry.get("nso/trace_estimate") for entry in log],
         "rates": rates,
+        "counter": getattr(model, "counter", torch.zeros(())).item(),
         "counted": trainer.counted,
         **what_ran,
     }
