@@ -4,10 +4,10 @@ Every measurement takes a model and batches, or a Trainer, whose processes then 
 leaves weights, gradients, modes and random state as it found them.
 """
 
+from nso_hf.curvature.batches import training_batches
 from nso_hf.curvature.bound import PacBayesBound, pac_bayes_bound
 from nso_hf.curvature.callback import CurvatureCallback
 from nso_hf.curvature.eigenvalues import Eigenvalues, hessian_eigenvalues
-from nso_hf.curvature.objective import training_batches
 from nso_hf.curvature.slices import LossSlice, loss_slice
 from nso_hf.curvature.spectrum import Spectrum, hessian_spectrum
 from nso_hf.curvature.stability import NoiseStability, noise_stability

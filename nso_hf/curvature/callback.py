@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nso_hf.curvature.batches import Batch, training_batches
 from nso_hf.curvature.eigenvalues import check_tolerance, hessian_eigenvalues
 from nso_hf.curvature.hessian import HVPS
-from nso_hf.curvature.objective import Batch, Objective, training_batches
+from nso_hf.curvature.objective import Objective
 from nso_hf.curvature.parameters import Selection
 from nso_hf.curvature.trace import check_count, hessian_trace
 from nso_hf.refusal import refusal
@@ -111,7 +112,9 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         self._measured_at = None
         # What cannot be measured is refused now, not at the end of the training.
-        Objective(self._trainer, self._prepared_batches(), self._options["params"])
+        objective = Objective(self._trainer, self._prepared_batches(), self._options["params"])
+        with objective.opened():
+            objective.check_gradient()
         if self._at_start and state.global_step == 0:
             self._log(0, control)
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nso_hf.curvature.objective import Batch
+from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import refusal
 
 Row = Mapping[str, Any]

@@ -15,12 +15,12 @@ from functools import reduce
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import logging
 
 from nso_hf.backends import Weight
-from nso_hf.curvature.objective import Objective
+from nso_hf.curvature.objective import Objective, graph_of
 from nso_hf.perturbation import Perturbation
 from nso_hf.refusal import refusal
 
@@ -34,8 +34,6 @@ _UNSETTLED = (
     "differences of gradients depend on their step, as where ReLUs switch: use double backward, or "
     "take these figures for those of a loss smoothed over the step"
 )
-
-_ATTENTION = "_attn_implementation_internal"  # the property of this name writes to sub-models too
 
 
 class Hessian(ABC):
@@ -69,7 +67,7 @@ class Autograd(Hessian):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
-        self.error = 30 * torch.finfo(objective.vectors.dtype).eps
+        self.error = 30 * max(torch.finfo(w.data.dtype).eps for w in objective.weights)
         self._round: int | None = None
         self._loss: Tensor | None = None
         self._gradient: list[Tensor] = []
@@ -103,7 +101,8 @@ class Autograd(Hessian):
         parameters = [weight.parameter for weight in self.objective.weights]
         if self._round != number:
             self.forget()  # before the next is built
-            with _twice_differentiable(self.objective.backend.module()):
+            # Of PyTorch's attention, the one that is made of operations with second derivatives.
+            with sdpa_kernel(SDPBackend.MATH):
                 loss = self.objective.differentiable_loss(number)
                 gradient = torch.autograd.grad(
                     loss, parameters, create_graph=True, materialize_grads=True
@@ -115,7 +114,7 @@ class Autograd(Hessian):
         return torch.autograd.grad(
             [self._gradient[i] for i in depend],
             parameters,
-            [parts[i] for i in depend],
+            [parts[i].to(self._gradient[i].dtype) for i in depend],
             retain_graph=True,
             materialize_grads=True,
         )
@@ -127,17 +126,11 @@ class Autograd(Hessian):
     def custom_functions(self) -> set[str]:
         """Names of functions in the last loss whose derivative somebody wrote in Python."""
         assert self._loss is not None
-        names: set[str] = set()
-        seen, left = set(), [self._loss.grad_fn]
-        while left:
-            node = left.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if isinstance(node, torch.autograd.function.BackwardCFunction):
-                names.add(node.name().removesuffix("Backward"))
-            left += [following for following, _ in node.next_functions]
-        return names
+        return {
+            type(node).__name__.removesuffix("Backward")
+            for node in graph_of(self._loss)
+            if isinstance(node, torch.autograd.function.BackwardCFunction)
+        }
 
 
 class FiniteDifference(Hessian):
@@ -250,7 +243,8 @@ class _Along:
         self._parts, self._h = list(parts), h
 
     def add_to(self, weights: Sequence[Weight]) -> None:
-        torch._foreach_add_([weight.data for weight in weights], self._parts, alpha=self._h)
+        for weight, part in zip(weights, self._parts, strict=True):
+            weight.data.add_(part, alpha=self._h)
 
 
 @contextmanager
@@ -267,6 +261,7 @@ def hessian_of(
         raise refusal("hvp", hvp, "unknown", f"Choose one of {', '.join(map(repr, HVPS))}")
     total = None if products is None else products * objective.num_rounds
     with objective.opened() as perturbation, objective.progress(description, total) as bar:
+        objective.check_gradient()
         hessian = _chosen(objective, hvp, perturbation)
         hessian.on_product = bar.update
         yield hessian
@@ -314,23 +309,3 @@ def _obstacle(hessian: Autograd, perturbation: Perturbation) -> str | None:
         if (errors[matter] > _AGREEMENT**2 * sizes[matter]).any():
             return f"no second derivative of {names}, by comparison"
     return None
-
-
-@contextmanager
-def _twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Inside, attention is computed by operations whose gradient can be differentiated again; eager
-    ones where the model has them, since they are faster than those of PyTorch's own function."""
-    configs = {
-        id(module.config): vars(module.config)
-        for module in model.modules()
-        if hasattr(getattr(module, "config", None), _ATTENTION)
-    }
-    before = {key: config[_ATTENTION] for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config[_ATTENTION] = "eager"
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for key, config in configs.items():
-            config[_ATTENTION] = before[key]

@@ -1,51 +1,28 @@
 """The function whose curvature is measured: the mean loss of a model over some batches."""
 
 import copy
-import random
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer
 
 from nso_hf.backends import Backend, alone, select
-from nso_hf.curvature.parameters import Selection, select_measured
+from nso_hf.curvature.batches import Batch, training_batches
+from nso_hf.curvature.parameters import Selection, left_out, select_measured
 from nso_hf.curvature.vectors import Vectors
 from nso_hf.perturbation import Perturbation, borrowed
 from nso_hf.refusal import refusal
 from nso_hf.side_effects import bookkeeping_kept, random_state_kept
 
-Batch = Mapping[str, Any]
-
 _DIFFERENCE = 1e-4  # relative, between two losses at the same weights: rounding is far below
-
-
-def training_batches(trainer: Trainer, num_batches: int | None = None) -> list[Batch]:
-    """The first `num_batches` batches (None: all) of the training data in their order, made by the
-    trainer's collator; their size is `per_device_train_batch_size`. What is random in making them
-    (masks, augmentation) is the same in every call and process."""
-    if trainer.train_dataset is None:
-        raise refusal("train_dataset", None, "the trainer has no data", "Pass batches")
-    loader = DataLoader(
-        trainer.train_dataset,
-        batch_size=trainer.args.per_device_train_batch_size,
-        # A copy, since a collator may hold a generator of its own.
-        collate_fn=trainer._get_collator_with_removed_columns(copy.deepcopy(trainer.data_collator)),
-    )
-    with random_state_kept({trainer.args.device}):
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
-        return [dict(batch) for batch in islice(loader, num_batches)]
 
 
 class Objective:
@@ -88,7 +65,7 @@ class Objective:
         self.vectors = Vectors(self.weights, self.backend)
         self._every = [weight.parameter for weight in all_weights]
         self._deal(batches, shared)
-        self.notes = self._notes()
+        self.notes = (*self._notes(), *left_out(all_weights, self._model, params))
 
     def _deal(self, batches: Iterable[Batch], shared: bool) -> None:
         """Keep the batches that are this process's, and how much each of them weighs."""
@@ -126,7 +103,7 @@ class Objective:
     @contextmanager
     def opened(self) -> Iterator[Perturbation]:
         """Everything as measuring needs it, the weights free to move; all as it was afterwards:
-        weights, gradients, modes of the modules, random state.
+        weights, gradients, buffers, modes of the modules, random state.
 
         Raises:
             ValueError: the loss is random.
@@ -136,18 +113,28 @@ class Objective:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(random_state_kept(devices))
             stack.enter_context(_in_evaluation_mode(self._model))
+            stack.enter_context(_buffers_kept(self._model))
             if self._trainer is not None:
                 stack.enter_context(bookkeeping_kept(self._trainer))
             if self.backend.differentiates_twice:
                 wanted = {weight.index for weight in self.weights}
                 stack.enter_context(_requiring_gradients(self._every, wanted))
+                stack.enter_context(_gradients_put_aside(self._every))
             stack.enter_context(self.backend.at_full_precision())
             self._check_loss()
             yield stack.enter_context(borrowed(self.weights, self.backend))
 
     def _check_loss(self) -> None:
-        with torch.no_grad():
-            first, second = self.loss(0), self.loss(0)
+        self._is_differentiated_inside = False
+        first = self._value(0)
+        try:
+            with torch.no_grad():
+                second = self._value(0)
+        except RuntimeError:  # of torch.autograd.grad within it
+            second = torch.full_like(first, math.nan)
+        if not torch.isclose(first, second, rtol=_DIFFERENCE, atol=0.0, equal_nan=False):
+            self._is_differentiated_inside = True
+            second = self._value(0)
         self.backend.discard_gathered()
         losses = self.losses()
         if not losses.isfinite().all():
@@ -159,19 +146,46 @@ class Objective:
             cure = "Switch off what draws random numbers in its forward pass"
             raise refusal("model", type(self._model).__name__, rule, cure)
 
+    def check_gradient(self) -> None:
+        """
+        Raises:
+            ValueError: the gradient of the loss does not reach the weights by autograd alone.
+        """
+        if not self.backend.differentiates_twice:  # there, `backward` is what gives the gradient
+            return
+        loss = self.differentiable_loss(0)
+        selected = [weight.parameter for weight in self.weights]
+        parts = torch.autograd.grad(loss, selected, allow_unused=True)
+        own = {id(parameter) for parameter in self._every}
+        ends = [node.variable for node in graph_of(loss) if hasattr(node, "variable")]
+        by_hook = any(parameter.grad is not None for parameter in self._every) or any(
+            end._backward_hooks for end in ends if id(end) not in own
+        )
+        if by_hook or all(part is None for part in parts):
+            rule = "its loss hands its gradient to the weights by a hook, as cached losses do"
+            if not by_hook:
+                rule = "no gradient of its loss reaches the selected weights"
+            cure = "Measure the loss without the cache, or noise_stability, which takes none"
+            raise refusal("model", type(self._model).__name__, rule, cure)
+
+    def _value(self, number: int) -> Tensor:
+        return self.loss(number).detach()
+
     def loss(self, number: int) -> Tensor:
         """f_b of this process's batch of round `number`, a scalar."""
-        batch = send_to_device(dict(self._batches[number]), self.vectors.device)
+        # Each evaluation gets a copy: models write into what they are given.
+        batch = send_to_device(copy.deepcopy(dict(self._batches[number])), self.vectors.device)
         loss: object
         if self._trainer is not None:
-            loss = self._trainer.compute_loss(self._model, copy.copy(batch))
+            loss = self._trainer.compute_loss(self._model, batch)
         else:
             output = self._model(**batch)
             is_dict = isinstance(output, Mapping)
             loss = output.get("loss") if is_dict else getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            rule = f"{type(self._model).__name__} returns no scalar loss for {sorted(batch)}"
-            raise refusal("batches", sorted(batch), rule, "Add labels to them")
+            names = sorted(self._batches[number])
+            rule = f"{type(self._model).__name__} returns no scalar loss for them"
+            raise refusal("batches", names, rule, "Add labels to them")
         return loss.squeeze()
 
     def share_of_loss(self, number: int) -> Tensor:
@@ -193,8 +207,10 @@ class Objective:
 
     def losses(self) -> Tensor:
         """The parts of f at the present weights, summed over processes: float64, one a round."""
-        with torch.no_grad():
-            parts = torch.stack([self.share_of_loss(r).double() for r in range(self.num_rounds)])
+        with torch.set_grad_enabled(self._is_differentiated_inside):
+            parts = torch.stack(
+                [self.share_of_loss(r).detach().double() for r in range(self.num_rounds)]
+            )
         return self.backend.summed([parts])[0].cpu()
 
     @contextmanager
@@ -203,6 +219,18 @@ class Objective:
         hidden = self.backend.process_index > 0
         with tqdm(total=total, desc=description, delay=3, leave=False, disable=hidden) as bar:
             yield bar
+
+
+def graph_of(loss: Tensor) -> Iterator[Any]:
+    """Every node of the graph of its gradient."""
+    seen: set[Any] = {None}
+    left: list[Any] = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+            yield node
 
 
 def _examples(batch: Batch) -> int:
@@ -220,6 +248,30 @@ def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _gradients_put_aside(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside there are none; what is left behind is dropped."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
 
 @contextmanager

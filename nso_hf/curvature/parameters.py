@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,44 +12,98 @@ from nso_hf.backends import Weight
 from nso_hf.refusal import refusal
 
 _LINEAR = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_NO_MATRIX = re.compile(r"embed|position|token", re.IGNORECASE)
 
 Selection = str | Sequence[str]
 """The name of a preset, or regular expressions searched for in the names of all parameters."""
 
 
-def _trainable(model: nn.Module) -> Iterable[Tensor]:
-    return (p for p in model.parameters() if p.requires_grad)
+def _trainable(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
+    return [weight for weight in weights if weight.parameter.requires_grad]
 
 
-def _all(model: nn.Module) -> Iterable[Tensor]:
-    return model.parameters()
+def _all(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
+    return list(weights)
 
 
-def _lora(model: nn.Module) -> Iterable[Tensor]:
-    return (p for name, p in model.named_parameters() if re.search(r"\blora_", name))
+def _lora(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
+    return [weight for weight in weights if re.search(r"\blora_", weight.name)]
 
 
-def _merged(model: nn.Module) -> Iterable[Tensor]:
+def _merged(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
     # In W = W0 + s B A the derivatives by W are those by W0: nothing needs to be merged.
-    adapted = (m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer"))
-    return (module.get_base_layer().weight for module in adapted)  # type: ignore[operator]
+    bases = {id(_adapted(name, module, model)) for name, module in model.named_modules()}
+    return [weight for weight in weights if id(weight.parameter) in bases]
 
 
-def _weight_matrices(model: nn.Module) -> Iterable[Tensor]:
-    linear = (module for module in model.modules() if isinstance(module, _LINEAR))
-    return (module.weight for module in linear if module.weight.requires_grad)
+def _adapted(name: str, module: nn.Module, model: nn.Module) -> Tensor | None:
+    """The weight that the adapter of a module is added to, if it has one.
+
+    Raises:
+        ValueError: the derivatives by it are not those by the merged weight.
+    """
+    if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
+        return None
+    layer: Any = module
+    base, attribute = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+    weight: Tensor | None = getattr(base, attribute, None)
+    variant = next(iter(getattr(layer, "lora_variant", {}).values()), None)
+    if weight is None or variant is not None:
+        kind = type(base if variant is None else variant).__name__
+        rule = f"the adapter of {name} ({kind}) does not add to one weight W0 as W = W0 + s B A"
+        raise refusal("params", "merged", rule, "Merge the adapters (merge_and_unload), or 'lora'")
+    holders = [other for other in model.modules() if any(p is weight for p in _own(other))]
+    if len(holders) > 1:
+        rule = f"the weight under the adapter of {name} is tied to another, which stays W0"
+        cure = "Untie them (give one a copy of the weight), or use 'lora'"
+        raise refusal("params", "merged", rule, cure)
+    return weight
 
 
-PRESETS: dict[str, Callable[[nn.Module], Iterable[Tensor]]] = {
+def _own(module: nn.Module) -> Iterable[Tensor]:
+    return module.parameters(recurse=False)
+
+
+def _weight_matrices(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, _LINEAR)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, _TABLES)}
+    return [
+        weight
+        for weight in _trainable(weights, model)
+        if id(weight.parameter) in linear
+        or (
+            len(weight.shape) >= 2
+            and id(weight.parameter) not in tables
+            and not _NO_MATRIX.search(weight.name.rpartition(".")[2])
+        )
+    ]
+
+
+PRESETS: dict[str, Callable[[Sequence[Weight], nn.Module], list[Weight]]] = {
     "trainable": _trainable,
     "all": _all,
     "lora": _lora,
     "merged": _merged,
     "weight_matrices": _weight_matrices,
 }
-"""Name -> the parameters of a model it stands for: those that are trained; every one, frozen ones
-too; LoRA adapters; the weights that LoRA adapters are merged into; the trained weights of linear
-and convolution layers (the selection of arXiv 2306.08553)."""
+"""Name -> the weights of a model it stands for: those that are trained; every one, frozen ones
+too; LoRA adapters; the weights that LoRA adapters are merged into; the trained weights of two or
+more dimensions (linear and convolution layers, experts, routers, recurrent layers), but for
+embeddings (the selection of arXiv 2306.08553)."""
+
+
+def left_out(weights: Sequence[Weight], model: nn.Module, params: Selection) -> tuple[str, ...]:
+    """A note that names what of two or more dimensions "weight_matrices" leaves out."""
+    if params != "weight_matrices":
+        return ()
+    chosen = {weight.index for weight in _weight_matrices(weights, model)}
+    names = [
+        weight.name
+        for weight in _trainable(weights, model)
+        if len(weight.shape) >= 2 and weight.index not in chosen
+    ]
+    return (f"embeddings are left out of weight_matrices: {', '.join(names)}",) if names else ()
 
 
 def select_measured(
@@ -65,8 +120,7 @@ def select_measured(
             choices = ", ".join(map(repr, PRESETS))
             cure = f"Use one of {choices}, or a list of regular expressions"
             raise refusal("params", params, "unknown", cure)
-        chosen = {id(parameter) for parameter in PRESETS[params](model)}
-        selected = [weight for weight in weights if id(weight.parameter) in chosen]
+        selected = PRESETS[params](weights, model)
     else:
         for pattern in params:
             try:

@@ -15,7 +15,8 @@ from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from nso_hf.backends import Weight
-from nso_hf.curvature.objective import Batch, Objective
+from nso_hf.curvature.batches import Batch
+from nso_hf.curvature.objective import Objective
 from nso_hf.curvature.parameters import Selection
 from nso_hf.curvature.result import Measurement, Stopwatch
 from nso_hf.curvature.trace import check_count
@@ -103,4 +104,5 @@ class _Combination:
 
     def add_to(self, weights: Sequence[Weight]) -> None:
         for direction, step in zip(self._directions, self._steps, strict=True):
-            torch._foreach_add_([weight.data for weight in weights], direction, alpha=step)
+            for weight, part in zip(weights, direction, strict=True):
+                weight.data.add_(part, alpha=step)

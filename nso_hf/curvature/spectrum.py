@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from nso_hf.curvature.batches import Batch
 from nso_hf.curvature.hessian import hessian_of
 from nso_hf.curvature.lanczos import Lanczos
-from nso_hf.curvature.objective import Batch, Objective
+from nso_hf.curvature.objective import Objective
 from nso_hf.curvature.parameters import Selection
 from nso_hf.curvature.result import Measurement, Stopwatch
 from nso_hf.curvature.trace import Estimate, check_count

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from nso_hf.curvature.objective import Batch, Objective
+from nso_hf.curvature.batches import Batch
+from nso_hf.curvature.objective import Objective
 from nso_hf.curvature.parameters import Selection
 from nso_hf.curvature.result import Measurement, Stopwatch
 from nso_hf.curvature.trace import check_count

@@ -4,6 +4,7 @@ weights that it holds."""
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Vectors:
         self._copies = torch.tensor([weight.copies for weight in weights], dtype=torch.float64)
         self.dimension = sum(weight.numel for weight in weights)  # over all processes
         self.local_size = sum(self._sizes)
-        self.dtype = weights[0].data.dtype
+        self.dtype = reduce(torch.promote_types, (weight.data.dtype for weight in weights))
         self.device = weights[0].data.device
 
     def draw(self, seed: int, number: int, distribution: str = "rademacher") -> Tensor:
@@ -46,9 +47,8 @@ class Vectors:
             for part, weight in zip(vector.split(self._sizes), self.weights, strict=True)
         ]
 
-    @staticmethod
-    def join(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part.reshape(-1) for part in parts])
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part.reshape(-1).to(self.dtype) for part in parts])
 
     def copy_of_weights(self) -> Tensor:
         return self.join([weight.data for weight in self.weights])
@@ -57,7 +57,7 @@ class Vectors:
         """This process's share of the inner product of each weight's part: float64, one for each
         weight. `total` adds what several processes have."""
         sums = [
-            torch.dot(x, y)
+            torch.dot(x.to(self.dtype), y.to(self.dtype))
             for parts in zip(a, b, strict=True)
             for x, y in zip(*(part.reshape(-1).split(_CHUNK) for part in parts), strict=True)
         ]

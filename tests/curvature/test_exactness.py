@@ -103,13 +103,16 @@ def test_every_parameter_and_module(name):
     (model, batches), H = made(name), dense(name)
     trace = hessian_trace(model, batches, num_samples=300)
     diagonal, start, exact = H.diag(), 0, {}
+    # Of the matrices, whose attention rounds to float32: a key's bias has the derivative 0.
+    rounding = torch.finfo(torch.float32).eps * H.abs().max().item()
     for parameter_name, parameter in model.named_parameters():
         exact[parameter_name] = diagonal[start : start + parameter.numel()].sum().item()
         start += parameter.numel()
     assert trace.per_parameter.keys() == exact.keys()
     for parameter_name, (estimate, stderr) in trace.per_parameter.items():
         # Of some 40 estimates one is 3 errors off in 1 of 10 models: so 4.
-        assert within(estimate, stderr, exact[parameter_name], errors=4), parameter_name
+        off = abs(estimate - exact[parameter_name])
+        assert off <= 4 * stderr + rounding, parameter_name
     for module, (estimate, stderr) in trace.per_module.items():
         inside = sum(value for n, value in exact.items() if n.startswith(f"{module}."))
         assert within(estimate, stderr, inside, errors=4), module
