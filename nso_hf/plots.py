@@ -74,11 +74,12 @@ def _measured(log: Log, plain_log: Log) -> dict[str, Mapping[str, Any]]:
 
 def _draw_series(axis: Any, name: str, log: Log, plain_log: Log) -> None:
     lines = {"NSO" if plain_log else "": (name, log), "plain": (name, plain_log)}
+    nso = "NSO " if plain_log else ""
     if name == "loss":
         lines = {
-            "training, mean over evaluations": ("loss", log),
+            f"{nso}training, mean over evaluations": ("loss", log),
             "plain training, at W": ("loss", plain_log),
-            "validation, at W": ("eval_loss", log),
+            f"{nso}validation, at W": ("eval_loss", log),
             "plain validation, at W": ("eval_loss", plain_log),
         }
     highest = 0.0
