@@ -36,7 +36,7 @@ from nso_hf.reasoning.examples import (
     without_questions_of,
 )
 from nso_hf.reasoning.generated import generate_examples
-from nso_hf.reasoning.models import ModelOptions, check_lengths, load_model
+from nso_hf.reasoning.models import ModelOptions, check_lengths, load_model, with_lora
 from nso_hf.reasoning.prompts import PromptFormat, training_rows
 from nso_hf.reasoning.report import report
 from nso_hf.recorded_options import RecordedOptions, fingerprint
@@ -408,6 +408,8 @@ def fine_tune(
     recorded.check("model_name_or_path", name, "tokens of the training texts", fingerprint(rows))
     weights = fingerprint((n, p.flatten()[:8].tolist()) for n, p in model.named_parameters())
     recorded.check("model_name_or_path", name, "weights", weights)
+    if model_options.lora_r is not None:
+        model = with_lora(model, model_options, is_encoder_decoder)
 
     prompts = [prompt_format.prompt_ids(example.question) for example in [*validation, *test]]
     longest_row = max(

@@ -15,8 +15,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from nso_hf.refusal import refusal
+
+logger = logging.get_logger(__name__)
 
 _PEFT_WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",  # peft still reads it
@@ -92,8 +95,7 @@ class ModelOptions:
 def load_model(
     options: ModelOptions,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """The model, with LoRA adapters where asked for, its tokenizer, and whether it is an
-    encoder-decoder."""
+    """The model without adapters, its tokenizer, and whether it is an encoder-decoder."""
     path = options.model_name_or_path
     if path.startswith("package:"):
         package = path.removeprefix("package:")
@@ -124,8 +126,6 @@ def load_model(
         raise refusal("model_name_or_path", path, "its tokenizer has no end-of-text token", cure)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if options.lora_r is not None:
-        model = with_lora(model, options, is_encoder_decoder)
     return model, tokenizer, is_encoder_decoder
 
 
@@ -155,7 +155,27 @@ def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder:
     model.enable_input_require_grads()  # or gradient checkpointing finds no gradient to keep
     for message in _PEFT_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    return get_peft_model(model, adapters)
+    adapted = get_peft_model(model, adapters)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    left_out = [
+        name
+        for name, p in adapted.named_parameters()
+        # All experts of a layer in one weight: peft adapts those of some models.
+        if p.ndim == 3
+        and "expert" in name
+        and not any(t.startswith(_experts_of(name)) for t in trained)
+    ]
+    if left_out:
+        logger.warning(
+            f"{len(left_out)} weights that hold all experts of a layer in one stay frozen, "
+            f"without adapters: {left_out[0]}, ..."
+        )
+    return adapted
+
+
+def _experts_of(name: str) -> str:
+    """The module that a weight is in, without what peft wraps around it."""
+    return name.removesuffix(name.rpartition(".")[2]).split(".base_layer.")[0]
 
 
 def check_lengths(
