@@ -57,6 +57,11 @@ def training(**arguments) -> Callable[[Path], object]:
     return lambda folder: trainer(**arguments)(folder).train()
 
 
+ROWS = "\n".join(
+    '{"question": "1 + %d =", "rationale": "count", "answer": "%d"}' % (i, i + 1) for i in range(20)
+)
+
+
 def recipe(
     *flags: str, write: dict[str, str] | None = None, model: str = "gpt2"
 ) -> Callable[[Path], object]:
@@ -65,11 +70,7 @@ def recipe(
 
     def run(folder: Path) -> object:
         save_model(model, folder / "model")
-        rows = [
-            '{"question": "1 + %d =", "rationale": "count", "answer": "%d"}' % (i, i + 1)
-            for i in range(20)
-        ]
-        files = {"data/train.jsonl": "\n".join(rows), **(write or {})}
+        files = {"data/train.jsonl": ROWS, **(write or {})}
         for name, text in files.items():
             (folder / name).parent.mkdir(exist_ok=True, parents=True)
             (folder / name).write_text(text)
@@ -89,6 +90,18 @@ def recipe(
             *(word for flag, value in base.items() if flag not in given for word in (flag, value)),
         ]
         return main(command)
+
+    return run
+
+
+def resumed(*flags: str, **settings) -> Callable[[Path], object]:
+    """A short run of the recipe with adapters, gone on with with other flags."""
+
+    def run(folder: Path) -> object:
+        short = ("--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1")
+        short += ("--lora_r", "4", "--evaluate_before", "false", "--disable_tqdm", "true")
+        recipe(*short)(folder)
+        return recipe(*short, *flags, "--resume_from_checkpoint", "last", **settings)(folder)
 
     return run
 
@@ -374,6 +387,21 @@ RECIPE: dict[str, Callable[[Path], object]] = {
     ),
     "config that is no mapping": recipe("--config", "{folder}/c.yaml", write={"c.yaml": "- sigma"}),
     "config that is no YAML": recipe("--config", "{folder}/c.yaml", write={"c.yaml": "a: [1"}),
+    "config with a value of another type": recipe(
+        "--config", "{folder}/c.yaml", write={"c.yaml": "max_new_tokens: 2.5"}
+    ),
+    "config with a word for a number": recipe(
+        "--config", "{folder}/c.yaml", write={"c.yaml": "sigma: small"}
+    ),
+    "config with an option twice": recipe(
+        "--config", "{folder}/c.yaml", write={"c.yaml": "sigma: 0.1\nsigma: 0.2"}
+    ),
+    "no steps": recipe("--max_steps", "0"),
+    "best by a measure that there is not": recipe("--metric_for_best_model", "acuracy"),
+    "tracker that is not installed": recipe("--report_to", "neptune"),
+    "optimizer that is not installed": recipe("--optim", "grokadamw"),
+    "half precision on a CPU": recipe("--fp16", "true"),
+    "output folder that is a file": recipe("--output_dir", "{folder}/f", write={"f": ""}),
     "no such model": recipe("--model_name_or_path", "{folder}/none"),
     "no such package": recipe("--model_name_or_path", "package:not_installed"),
     "no such file": recipe("--dataset", "{folder}/none.jsonl"),
@@ -412,6 +440,9 @@ RECIPE: dict[str, Callable[[Path], object]] = {
         "--resume_from_checkpoint", "{folder}/model", write={"out/results.json": "{{}}"}
     ),
     "nothing to resume": recipe("--resume_from_checkpoint", "last"),
+    "resume with another rank": resumed("--lora_r", "8"),
+    "resume with another learning rate": resumed("--learning_rate", "0.1"),
+    "resume on other data": resumed(write={"data/train.jsonl": ROWS.replace("count", "add")}),
     "resume from nowhere": recipe("--resume_from_checkpoint", "{folder}/none"),
     "curvature of no examples": recipe("--curvature_examples", "0"),
     "pattern that matches nothing, by flag": recipe("--perturb_include", "lora_A"),
