@@ -126,6 +126,8 @@ def load_model(
         raise refusal("model_name_or_path", path, "its tokenizer has no end-of-text token", cure)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+        for config in (model.config, model.generation_config):
+            config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, is_encoder_decoder
 
 
