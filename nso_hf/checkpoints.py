@@ -87,7 +87,8 @@ def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     # safetensors' and torch.save's errors have no number.
-    return any(text in str(error) for text in ("No space left", "PytorchStreamWriter failed"))
+    texts = ("No space left", "PytorchStreamWriter failed", "inline_container.cc")
+    return any(text in str(error) for text in texts)
 
 
 def _is_complete(checkpoint: Path, processes: int) -> bool:
