@@ -3,7 +3,8 @@
     python -m nso_hf.curvature runs/plain runs/nso --data train.jsonl --output runs/curvature
 
 Prints a table with a column for each checkpoint, and writes results.json and plots: the traces of
-the layers, the spectrum, and the loss along random directions.
+the layers, the spectrum, and the loss along random directions. results.json is written after each
+checkpoint.
 """
 
 import argparse
@@ -15,9 +16,10 @@ from typing import NoReturn
 import torch
 
 from nso_hf.command_line import run
-from nso_hf.curvature.checkpoint import Data, load_checkpoint
+from nso_hf.curvature.checkpoint import Data
 from nso_hf.curvature.eigenvalues import hessian_eigenvalues
 from nso_hf.curvature.hessian import HVPS
+from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
 from nso_hf.curvature.parameters import PRESETS
 from nso_hf.curvature.report import Report, plot_reports, print_reports
 from nso_hf.curvature.slices import loss_slice
@@ -46,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--data",
         required=True,
-        help="batches as a .pt file (torch.save of a list of dicts), or a .json, .jsonl, .csv or "
-        ".parquet file, folder or hub id with the columns text, or prompt and completion "
+        help="batches as a .pt file (torch.save of a list of dicts), or a .json, .jsonl, .csv, "
+        ".tsv or .parquet file, folder or hub id with the columns text, or prompt and completion "
         "(language models), text and label, or image and label (classifiers)",
     )
     add("--split", default="train", help="of a hub id or folder (default: %(default)s)")
@@ -99,8 +101,7 @@ def check(options: argparse.Namespace) -> None:
     if options.num_batches is not None:
         check_count("num_batches", options.num_batches)
     for checkpoint in options.checkpoints:
-        if checkpoint.startswith((".", "/")) and not Path(checkpoint).is_dir():
-            raise refusal("checkpoint", checkpoint, "no such folder", "Check the path")
+        check_checkpoint(checkpoint)
     for name in ("slice_points", "plane_points", "spectrum_steps"):
         check_count(name, getattr(options, name), low=0)
     for name in ("slice_points", "plane_points"):
@@ -166,14 +167,16 @@ def measure(checkpoint: str, options: argparse.Namespace) -> Report:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     check(options)
-    reports = {checkpoint: measure(checkpoint, options) for checkpoint in options.checkpoints}
     options.output.mkdir(parents=True, exist_ok=True)
-    results = {
-        "options": {name: _json(value) for name, value in vars(options).items()},
-        "checkpoints": {name: report.as_json() for name, report in reports.items()},
-    }
     file = options.output / "results.json"
-    file.write_text(json.dumps(results, indent=2) + "\n")
+    reports = {}
+    for checkpoint in options.checkpoints:
+        reports[checkpoint] = measure(checkpoint, options)
+        results = {
+            "options": {name: _json(value) for name, value in vars(options).items()},
+            "checkpoints": {name: report.as_json() for name, report in reports.items()},
+        }
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_reports(reports, [file, *plot_reports(reports, options.output)])
 
 

@@ -1,4 +1,4 @@
-"""A model and its batches from a checkpoint and a data set, for the command line."""
+"""The batches that the command line measures a checkpoint on, from a data set."""
 
 import pickle
 from collections.abc import Callable, Mapping
@@ -9,42 +9,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nso_hf.curvature.batches import Batch
-from nso_hf.refusal import refusal
+from nso_hf.refusal import Refusal, refusal
+from nso_hf.tables import SUFFIXES, is_table, rows
 
 Row = Mapping[str, Any]
+Collate = Callable[[list[Row]], Batch]
+"""Of rows."""
 
 _BATCHES = 4  # of a data set, where nobody says how many
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def load_checkpoint(path: str, gguf_file: str | None = None) -> PreTrainedModel:
-    """The model of a checkpoint in float32, its LoRA adapters trainable where it has them."""
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise refusal("checkpoint", path, "no such folder", "Check the path")
-    if (Path(path) / "adapter_config.json").is_file():
-        from peft import PeftConfig, PeftModel
-
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path
-        model = PeftModel.from_pretrained(load_checkpoint(base, gguf_file), path, is_trainable=True)
-        adapted: PreTrainedModel = model
-        return adapted
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        config = AutoConfig.from_pretrained(path, **options)
-        kinds = getattr(config, "architectures", None) or []
-        found = [getattr(transformers, kind) for kind in kinds if hasattr(transformers, kind)]
-        if not found:
-            rule = f"its config.json names no class of transformers ({kinds})"
-            raise refusal("checkpoint", path, rule, "Measure it in Python, with your model class")
-        loaded: PreTrainedModel = found[0].from_pretrained(path, dtype=torch.float32, **options)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        cure = "Give a hub id, or a folder with config.json and the weights"
-        raise refusal("checkpoint", path, reason, cure) from error
-    return loaded
 
 
 @dataclass(frozen=True)
@@ -64,67 +40,87 @@ class Data:
         """The first batches for `model`: of a .pt file as they are, of a data set by the columns
         that the kind of model needs."""
         if Path(self.path).suffix == ".pt":
-            if not Path(self.path).is_file():
-                raise refusal("data", self.path, "no such file", "Check the path")
-            try:
-                saved = torch.load(self.path, weights_only=True)
-            except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-                cure = "Save it with torch.save([dict(batch), ...], path)"
-                raise refusal("data", self.path, "not a list of dicts of tensors", cure) from error
-            if not isinstance(saved, list):
-                rule = f"a {type(saved).__name__}, not a list of dicts"
-                raise refusal("data", self.path, rule, "Save a list of batches")
-            return saved[: self.num_batches]
-        adapted: Any = model
-        inner = adapted.get_base_model() if hasattr(model, "get_base_model") else model
-        kind = type(inner).__name__
-        for ending, (columns, collate) in _KINDS.items():
-            if kind.endswith(ending):
-                return self._collated(columns, collate(self, model))
-        rule = f"there is no reading of data sets for a {kind}"
-        cure = "Pass a .pt file, torch.save([batch, ...]), of what the model takes"
-        raise refusal("data", self.path, rule, cure)
-
-    def _collated(
-        self, columns: list[tuple[str, ...]], collate: Callable[[list[Row]], Batch]
-    ) -> list[Batch]:
+            return self._saved()
+        columns, collate = self._reading(model)
         rows = self._rows()
         if not any(set(names) <= set(rows[0]) for names in columns):
             wanted = " or ".join(" and ".join(names) for names in columns)
             rule = f"it has the columns {', '.join(rows[0])}"
             raise refusal("data", self.path, rule, f"Name them {wanted}")
         starts = range(0, len(rows), self.batch_size)
-        return [collate(rows[start : start + self.batch_size]) for start in starts]
+        batches = [collate(rows[start : start + self.batch_size]) for start in starts]
+        self._check_vocabulary(model, batches)
+        return batches
+
+    def _saved(self) -> list[Batch]:
+        if not Path(self.path).is_file():
+            raise refusal("data", self.path, "no such file", "Check the path")
+        try:
+            saved = torch.load(self.path, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            cure = "Save it with torch.save([dict(batch), ...], path)"
+            raise refusal("data", self.path, "not a list of dicts of tensors", cure) from error
+        if not isinstance(saved, list):
+            rule = f"a {type(saved).__name__}, not a list of dicts"
+            raise refusal("data", self.path, rule, "Save a list of batches")
+        return saved[: self.num_batches]
+
+    def _reading(self, model: PreTrainedModel) -> tuple[list[tuple[str, ...]], Collate]:
+        """The columns that a kind of model can be measured on, and what makes batches of them."""
+        adapted: Any = model
+        inner = adapted.get_base_model() if hasattr(model, "get_base_model") else model
+        kind, texts = type(inner).__name__, inner.main_input_name == "input_ids"
+        if kind.endswith("ForSequenceClassification"):
+            return [("text", "label")], _text_classes(self, inner)
+        if kind.endswith("ForImageClassification"):
+            return [("image", "label")], _image_classes(self, inner)
+        if kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) and texts:
+            # Not by the name: models that only decode are named ForConditionalGeneration too.
+            if inner.config.is_encoder_decoder:
+                return [("prompt", "completion")], _sequence_to_sequence(self, inner)
+            return [("text",), ("prompt", "completion")], _language(self, inner)
+        rule = f"there is no reading of data sets for a {kind}"
+        cure = "Pass a .pt file, torch.save([batch, ...]), of what the model takes"
+        raise refusal("data", self.path, rule, cure)
 
     def _rows(self) -> list[Row]:
+        number = self.batch_size * (_BATCHES if self.num_batches is None else self.num_batches)
+        path = Path(self.path)
+        if is_table(path):
+            return list(islice(rows(path), number))
+        if self.path.startswith((".", "/")) and not path.exists():
+            raise refusal("data", self.path, "no such file or folder", "Check the path")
+        if path.is_file():
+            raise refusal("data", self.path, f"not one of .pt, {', '.join(SUFFIXES)}", "Convert it")
         from datasets import load_dataset
 
-        path = Path(self.path)
-        looks_local = path.suffix in _FORMATS or self.path.startswith((".", "/"))
-        if looks_local and not path.exists():
-            raise refusal("data", self.path, "no such file or folder", "Check the path")
-        if path.is_file() and path.suffix not in _FORMATS:
-            known = ", ".join([".pt", *_FORMATS])
-            raise refusal("data", self.path, f"not one of {known}", "Convert it")
         try:
-            if path.suffix in _FORMATS:
-                loaded = load_dataset(_FORMATS[path.suffix], data_files=self.path, split="train")
-            else:
-                loaded = load_dataset(self.path, split=self.split)
+            loaded = load_dataset(self.path, split=self.split)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise refusal("data", self.path, reason, "Check the name and --split") from error
-        number = _BATCHES if self.num_batches is None else self.num_batches
-        rows: list[Row] = list(islice(loaded, self.batch_size * number))
-        if not rows:
+        found: list[Row] = list(islice(loaded, number))
+        if not found:
             raise refusal("data", self.path, "it is empty", "Use another split or file")
-        return rows
+        return found
+
+    def _check_vocabulary(self, model: PreTrainedModel, batches: list[Batch]) -> None:
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        largest = max((int(b["input_ids"].max()) for b in batches if "input_ids" in b), default=0)
+        if size is not None and largest >= size:
+            rule = f"it has a token {largest}, and the model an embedding of {size}"
+            raise refusal("tokenizer", self.tokenizer, rule, "Pass the one of its training")
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """With a token to pad with, if it has any that can be."""
         options = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        error: Exception | None = None
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as failure:
+            tokenizer, error = None, failure
+        # Without its files, some kinds are made of their special tokens alone.
+        if tokenizer is None or len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
             rule = "there is no tokenizer in it"
             raise refusal("tokenizer", self.tokenizer, rule, "Pass --tokenizer") from error
         if tokenizer.pad_token_id is None:
@@ -132,67 +128,141 @@ class Data:
         loaded: PreTrainedTokenizerBase = tokenizer
         return loaded
 
+    def refuse(self, row: Row, rule: str, cure: str) -> Refusal:
+        shown = {name: value if len(repr(value)) < 60 else "..." for name, value in row.items()}
+        return refusal("data", self.path, f"{rule} in the row {shown}", cure)
 
-def _language(data: Data, model: PreTrainedModel) -> Callable[[list[Row]], Batch]:
-    """The loss of a text, or of a completion after its prompt."""
+    def text(self, row: Row, column: str) -> str:
+        """
+        Raises:
+            ValueError: the row has none.
+        """
+        value = row.get(column)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or not value:
+            raise self.refuse(row, f"there is no text as {column}", "Write one, or drop the row")
+        return value
+
+
+def _language(data: Data, model: PreTrainedModel | None) -> Collate:
+    """The loss of a text, or of a completion and its end after a prompt: as the recipe trains."""
     tokenizer = data.load_tokenizer()
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    begin, end = tokenizer.bos_token, tokenizer.eos_token_id
 
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+    def prompt_ids(text: str) -> list[int]:
+        # A chat template has written the special tokens itself.
+        special = not (begin and text.startswith(begin))
+        ids: list[int] = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        return ids[:-1] if special and ids[-1:] == [end] else ids
 
-    def encoded(row: Row) -> dict[str, list[int]]:
+    def encoded(row: Row) -> dict[str, torch.Tensor]:
         if "completion" in row:
-            prompt, completion = ids(row["prompt"]), ids(row["completion"])
+            prompt = prompt_ids(data.text(row, "prompt"))
+            text = data.text(row, "completion")
+            completion = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            completion += [] if end is None else [end]
         else:
-            prompt, completion = [], ids(row["text"])
-        tokens = (prompt + completion)[: data.max_length]
+            prompt, completion = [], list(tokenizer(data.text(row, "text"))["input_ids"])
         labels = ([-100] * len(prompt) + completion)[: data.max_length]
-        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+        if all(label == -100 for label in labels[1:]):
+            rule = f"of {data.max_length} tokens none is predicted"
+            raise data.refuse(row, rule, "Raise --max_length, or drop the row")
+        ids = torch.tensor((prompt + completion)[: data.max_length])
+        mask = torch.ones_like(ids)
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(labels)}
 
-    return lambda rows: dict(collator([encoded(row) for row in rows]))
+    padding = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "labels": -100}
+
+    def collate(rows: list[Row]) -> Batch:
+        each = [encoded(row) for row in rows]
+        return {
+            name: pad_sequence([e[name] for e in each], batch_first=True, padding_value=value)
+            for name, value in padding.items()
+        }
+
+    return collate
 
 
-def _sequence_to_sequence(data: Data, model: PreTrainedModel) -> Callable[[list[Row]], Batch]:
+def _sequence_to_sequence(data: Data, model: PreTrainedModel) -> Collate:
     tokenizer = data.load_tokenizer()
     collator = transformers.DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=-100)
 
     def encoded(row: Row) -> Row:
         options = {"truncation": True, "max_length": data.max_length}
-        labels = tokenizer(text_target=row["completion"], **options)["input_ids"]
-        return {**tokenizer(row["prompt"], **options), "labels": labels}
+        completion = data.text(row, "completion")
+        labels = tokenizer(text_target=completion, **options)["input_ids"]
+        return {**tokenizer(data.text(row, "prompt"), **options), "labels": labels}
 
     return lambda rows: dict(collator([encoded(row) for row in rows]))
 
 
-def _text_classes(data: Data, model: PreTrainedModel) -> Callable[[list[Row]], Batch]:
+def _text_classes(data: Data, model: PreTrainedModel) -> Collate:
     tokenizer = data.load_tokenizer()
+    if tokenizer.pad_token_id is None and data.batch_size > 1:
+        rule = "it has no token to pad with"
+        raise refusal("tokenizer", data.tokenizer, rule, "Pass --batch_size 1")
+    if model.config.pad_token_id is None:  # the last token before the padding is classified
+        model.config.pad_token_id = tokenizer.pad_token_id
 
     def collate(rows: list[Row]) -> Batch:
-        options = {"truncation": True, "max_length": data.max_length, "padding": True}
-        encoded = tokenizer([row["text"] for row in rows], return_tensors="pt", **options)
-        return {**encoded, "labels": torch.tensor([row["label"] for row in rows])}
+        options = {"truncation": True, "max_length": data.max_length}
+        padding = {"padding": tokenizer.pad_token_id is not None}
+        texts = [data.text(row, "text") for row in rows]
+        encoded = tokenizer(texts, return_tensors="pt", **options, **padding)
+        return {**encoded, "labels": _labels(data, model, rows)}
 
     return collate
 
 
-def _image_classes(data: Data, model: PreTrainedModel) -> Callable[[list[Row]], Batch]:
-    processor = transformers.AutoImageProcessor.from_pretrained(data.tokenizer)
+def _image_classes(data: Data, model: PreTrainedModel) -> Collate:
+    from datasets import Image
+
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(data.tokenizer)
+    except (OSError, ValueError) as error:
+        rule = "there is no image processor in it"
+        raise refusal("tokenizer", data.tokenizer, rule, "Pass --tokenizer") from error
+
+    def image(row: Row) -> Any:
+        value = row["image"]
+        if isinstance(value, str):  # a path, as it stands or from the folder of the table
+            paths = [Path(value), Path(data.path).parent / value]
+            value = {"path": str(next((p for p in paths if p.is_file()), value)), "bytes": None}
+        try:
+            decoded: Any = Image().decode_example(value) if isinstance(value, dict) else value
+            return decoded.convert("RGB")
+        except (OSError, AttributeError, ValueError) as error:
+            raise data.refuse(row, f"no image can be read ({error})", "Check it") from error
 
     def collate(rows: list[Row]) -> Batch:
-        images = [row["image"].convert("RGB") for row in rows]
-        labels = torch.tensor([row["label"] for row in rows])
-        return {**processor(images, return_tensors="pt"), "labels": labels}
+        images = [image(row) for row in rows]
+        return {**processor(images, return_tensors="pt"), "labels": _labels(data, model, rows)}
 
     return collate
 
 
-_KINDS: dict[str, tuple[list[tuple[str, ...]], Any]] = {
-    "ForCausalLM": ([("text",), ("prompt", "completion")], _language),
-    "LMHeadModel": ([("text",), ("prompt", "completion")], _language),
-    "ForConditionalGeneration": ([("prompt", "completion")], _sequence_to_sequence),
-    "ForSequenceClassification": ([("text", "label")], _text_classes),
-    "ForImageClassification": ([("image", "label")], _image_classes),
-}
-"""How the name of a model's class ends -> the columns it can be measured on, and their collator."""
+def _labels(data: Data, model: PreTrainedModel, rows: list[Row]) -> torch.Tensor:
+    """The classes of rows, by the names or the numbers that the model has for them; of a
+    regression, the values."""
+    config: Any = model.config
+    names: dict[str, int] = {str(name): number for number, name in config.id2label.items()}
+
+    def label(row: Row) -> float:
+        written = str(row.get("label")).strip()
+        try:
+            number = float(written)
+        except ValueError:
+            number = float("nan")
+        if config.num_labels == 1 and number == number:
+            return number
+        is_class = number.is_integer() and 0 <= number < config.num_labels
+        found: set[int] = {names[written]} if written in names else set()
+        found |= {int(number)} if is_class else set()
+        if len(found) != 1:
+            classes = ", ".join(f"{n} ({name})" for name, n in list(names.items())[:5])
+            rule = f"the label is {'several' if found else 'none'} of the model's {classes}"
+            raise data.refuse(row, rule, "Write their names or numbers")
+        return found.pop()
+
+    return torch.tensor([label(row) for row in rows])

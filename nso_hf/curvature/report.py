@@ -15,6 +15,7 @@ from nso_hf.curvature.slices import LossSlice
 from nso_hf.curvature.spectrum import Spectrum
 from nso_hf.curvature.stability import NoiseStability
 from nso_hf.curvature.trace import Estimate, Trace, mean_of
+from nso_hf.figures import with_error
 from nso_hf.refusal import needs
 
 needs("python -m nso_hf.curvature", "recipes", "matplotlib", "rich")
@@ -35,25 +36,23 @@ class Report:
     def rows(self) -> dict[str, str]:
         """Measure -> figure with its error."""
         stability, trace = self.stability, self.trace
+        half = stability.sigma**2 / 2
         return {
             "loss f(W)": f"{stability.loss:.6g}",
-            "trace of the Hessian": f"{trace.estimate:.4g} ± {trace.stderr:.2g}",
+            "trace of the Hessian": with_error(trace.estimate, trace.stderr),
             **{
-                f"eigenvalue {number}": f"{value:.5g} (residual {residual:.1g})"
+                f"eigenvalue {number} (± residual)": with_error(value, residual)
                 for number, (value, residual) in enumerate(
                     zip(self.largest.values, self.largest.residuals, strict=True), start=1
                 )
             },
-            "smallest eigenvalue": (
-                f"{self.smallest.values[0]:.5g} (residual {self.smallest.residuals[0]:.1g})"
+            "smallest eigenvalue (± residual)": with_error(
+                self.smallest.values[0], self.smallest.residuals[0]
             ),
-            f"E f(W+U) - f(W), sigma {stability.sigma:g}": (
-                f"{stability.gap:.4g} ± {stability.stderr:.2g}"
+            f"E f(W+U) - f(W), sigma {stability.sigma:g}": with_error(
+                stability.gap, stability.stderr
             ),
-            "  sigma²/2 · trace": (
-                f"{stability.sigma**2 / 2 * trace.estimate:.4g} ± "
-                f"{stability.sigma**2 / 2 * trace.stderr:.2g}"
-            ),
+            "  sigma²/2 · trace": with_error(half * trace.estimate, half * trace.stderr),
             "weights": f"{trace.num_parameters:,}",
             "examples (batches)": f"{trace.num_examples} ({trace.num_batches})",
             "Hessian products": str(trace.hvp),

@@ -69,8 +69,11 @@ def test_two_checkpoints_side_by_side(checkpoints, tmp_path, capsys):
 
 
 def expected_batch(tokenizer, numbers):
-    """Made by hand: the loss of the completion, padded on the right."""
-    rows = [(tokenizer(f"{i} + 1 =").input_ids, tokenizer(f" {i + 1}").input_ids) for i in numbers]
+    """Made by hand: the loss of the completion and its end, padded on the right."""
+    end = [tokenizer.eos_token_id]
+    rows = [
+        (tokenizer(f"{i} + 1 =").input_ids, tokenizer(f" {i + 1}").input_ids + end) for i in numbers
+    ]
     length = max(len(p) + len(c) for p, c in rows)
     ids, mask, labels = [], [], []
     for prompt, completion in rows:
