@@ -2,6 +2,9 @@
 plain training.
 
     python benchmarks/step_cost.py [--steps 8] [--hidden 384] [--layers 6]
+    python benchmarks/step_cost.py --against ../nso_hf-before
+
+With `--against`, two-sided NSO of this checkout and of another one take turns, five times.
 
 "naive" is NSO as commonly written: noise, gradients and weights kept as three copies, the clean
 pass run although its weight is 0 (2k + 1 passes), the weights restored by subtraction.
@@ -10,12 +13,14 @@ pass run although its weight is 0 (2k + 1 passes), the weights restored by subtr
 import argparse
 import gc
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
@@ -101,6 +106,30 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     return {"seconds": statistics.median(watch.times[2:]), "peak": peak, "parameters": parameters}
 
 
+def in_a_process(way: str, checkout: Path | None = None) -> dict[str, float]:
+    """What `measure` says, of the library in `checkout`, or of the one that is installed."""
+    environment = os.environ | ({} if checkout is None else {"PYTHONPATH": str(checkout)})
+    command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+    if "--against" in command:
+        del command[(place := command.index("--against")) : place + 2]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
+    if line is None:
+        sys.exit(done.stderr[-2000:])
+    result: dict[str, float] = json.loads(line.removeprefix("RESULT"))
+    return result
+
+
+def compare(other: Path) -> None:
+    """Print the ratio of a step's time here and in another checkout."""
+    checkouts = [Path(__file__).parent.parent, other]
+    rounds = [[in_a_process("nso", folder)["seconds"] for folder in checkouts] for _ in range(5)]
+    ratios = [here / there for here, there in rounds]
+    print("seconds/step here, there: " + ", ".join(f"{a:.4f} {b:.4f}" for a, b in rounds))
+    best = min(here for here, _ in rounds) / min(there for _, there in rounds)
+    print(f"ratio: median {statistics.median(ratios):.3f}, of the fastest {best:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -113,19 +142,15 @@ def main() -> None:
         "--batch", type=int, default=4, help="sequences per micro-batch; two micro-batches per step"
     )
     parser.add_argument("--way", choices=WAYS, help="measure this one and print JSON")
+    parser.add_argument("--against", type=Path, help="folder of another checkout")
     options = parser.parse_args()
+    if options.against:
+        compare(options.against)
+        return
     if options.way:
         print("RESULT", json.dumps(measure(options.way, options)))
         return
-    results = {}
-    for way in WAYS:
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--way", way], capture_output=True, text=True
-        )
-        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
-        if line is None:
-            sys.exit(done.stderr[-2000:])
-        results[way] = json.loads(line.removeprefix("RESULT"))
+    results = {way: in_a_process(way) for way in WAYS}
     plain = results["plain"]
     copy = plain["parameters"] * 4 / 2**20
     print(

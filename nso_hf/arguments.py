@@ -101,7 +101,7 @@ class NSOArguments:
         default=1,
         metadata={
             "help": "Perturb only parameters of at least this many dimensions; 2 leaves out biases "
-            "and gains."
+            "and gains, 0 includes single numbers such as a temperature."
         },
     )
     common_random_numbers: bool = field(

@@ -30,7 +30,7 @@ def check_generates_nothing(trainer: type[Trainer]) -> None:
             code = getattr(inspect.unwrap(vars(base).get(method, len)), "__code__", None)
             if code is not None and any(map(_GENERATES.search, code.co_names)):
                 cure = "Use a trainer whose training_step is one forward and backward pass"
-                raise refusal("trainer", f"{base.__module__}.{base.__qualname__}", _RULE, cure)
+                raise refusal("trainer", base.__qualname__, _RULE, cure)
 
 
 @contextmanager
