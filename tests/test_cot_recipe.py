@@ -199,8 +199,8 @@ def test_yaml_and_flags(tmp_path):
     assert args.perturb_include == ["lora_A", "lora_B"] and args.two_sided is False
 
 
-@pytest.mark.parametrize("name", ["demo", "gsm8k"])
-def test_shipped_configs_are_valid(name, tmp_path):
+@pytest.mark.parametrize(("name", "sigma"), [("demo", 0.02), ("gsm8k", 0.01)])
+def test_shipped_configs_are_valid(name, sigma, tmp_path):
     from nso_hf.command_line import RecipeParser
     from recipes.cot_finetuning import OPTIONS
 
@@ -208,7 +208,7 @@ def test_shipped_configs_are_valid(name, tmp_path):
     required = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--use_cpu", "true"]
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     *_, args = parser.parse(["--config", str(config), *required])
-    assert args.sigma == 0.01
+    assert args.sigma == sigma
 
 
 def test_help_and_a_missing_option_fit_a_terminal():
