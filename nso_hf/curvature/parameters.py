@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nso_hf.backends import Weight
 from nso_hf.refusal import refusal
+from nso_hf.storage import without_aliases
 
 _LINEAR = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -144,4 +145,12 @@ def select_measured(
         if weight.data.dtype not in (torch.float32, torch.float64):
             rule = f"{weight.data.dtype} rounds the loss and its gradient by more than they change"
             raise refusal("parameter", weight.name, rule, "Load the model in float32")
+    kept = {weight.index for weight in without_aliases(weights)}
+    for weight in weights:
+        if weight.index not in kept:
+            rule = (
+                "it lies over the memory of another: derivatives by one would miss the other's part"
+            )
+            cure = "Make them one parameter, b.weight = a.weight"
+            raise refusal("parameter", weight.name, rule, cure)
     return selected

@@ -348,3 +348,15 @@ def test_inputs_that_a_model_writes_into():
     found = hessian_trace(Greedy(), [{"x": x}], num_samples=2)
     expected = hessian_trace(Squares(), [{"x": x + 1}], num_samples=2)
     assert torch.equal(found.samples, expected.samples) and not x.any()
+
+
+def test_weights_over_one_memory_as_two_parameters_are_refused():
+    """The derivative by one of them is not that by what they share."""
+    model, batches = gpt2()
+    first, second = model.transformer.h[0].mlp.c_fc, model.transformer.h[1].mlp.c_fc
+    second.weight.data = first.weight.data
+    for params in ("all", [r"h\.0\."]):
+        with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc\.weight': it lies over the memory"):
+            hessian_trace(model, batches, num_samples=1, params=params)
+    second.weight = first.weight
+    assert hessian_trace(model, batches, num_samples=2, params="all").num_parameters > 0
