@@ -1,6 +1,5 @@
 """The function whose curvature is measured: the mean loss of a model over some batches."""
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,9 +17,10 @@ from nso_hf.backends import Backend, alone, select
 from nso_hf.curvature.batches import Batch, training_batches
 from nso_hf.curvature.parameters import Selection, left_out, select_measured
 from nso_hf.curvature.vectors import Vectors
+from nso_hf.generators import generators_of
 from nso_hf.perturbation import Perturbation, borrowed
 from nso_hf.refusal import refusal
-from nso_hf.side_effects import bookkeeping_kept, random_state_kept
+from nso_hf.side_effects import Buffers, bookkeeping_kept, copied, random_state_kept
 
 _DIFFERENCE = 1e-4  # relative, between two losses at the same weights: rounding is far below
 
@@ -109,11 +109,12 @@ class Objective:
             ValueError: the loss is random.
         """
         devices = {self.vectors.device, *(parameter.device for parameter in self._every)}
+        generators = generators_of(self._model, self._trainer)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(random_state_kept(devices))
+            stack.enter_context(random_state_kept(devices, generators))
             stack.enter_context(_in_evaluation_mode(self._model))
-            stack.enter_context(_buffers_kept(self._model))
+            stack.enter_context(Buffers(self._model).kept())
             if self._trainer is not None:
                 stack.enter_context(bookkeeping_kept(self._trainer))
             if self.backend.differentiates_twice:
@@ -174,7 +175,7 @@ class Objective:
     def loss(self, number: int) -> Tensor:
         """f_b of this process's batch of round `number`, a scalar."""
         # Each evaluation gets a copy: models write into what they are given.
-        batch = send_to_device(copy.deepcopy(dict(self._batches[number])), self.vectors.device)
+        batch = send_to_device(copied(dict(self._batches[number])), self.vectors.device)
         loss: object
         if self._trainer is not None:
             loss = self._trainer.compute_loss(self._model, batch)
@@ -248,17 +249,6 @@ def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
 
 
 @contextmanager
