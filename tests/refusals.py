@@ -375,6 +375,11 @@ CURVATURE: dict[str, Callable[[Path], object]] = {
     "data of another format": command("--data", "{folder}/rows.txt"),
     "columns of another task": command(rows='{"question": "a"}'),
     "even number of points": command("--slice_points", "20"),
+    "a row without text": command(rows='{"text": ""}'),
+    "a prompt that leaves no room": command(
+        "--max_length", "4", rows='{"prompt": "2 + 2 =", "completion": " 4"}'
+    ),
+    "a checkpoint that is none": command("{folder}"),
     "pattern without a parameter, by flag": command("--params", "lora_A"),
 }
 
