@@ -84,6 +84,11 @@ class WrittenNumber(float):
         return self._written
 
 
+def encoding_of(start: bytes) -> str:
+    """The encoding of a text, by its first bytes."""
+    return next((e for mark, e in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+
+
 _Refuse = Callable[[str, str], Refusal]
 
 
@@ -97,7 +102,7 @@ def _lines(path: Path, refuse: _Refuse) -> Iterator[str]:
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rb") as file:
         start = file.read(4)
-    encoding = next((e for mark, e in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+    encoding = encoding_of(start)
     try:
         with opened(path, "rt", encoding=encoding, newline="") as file:
             for number, line in enumerate(file, 1):
@@ -159,7 +164,7 @@ def _json_lines(path: Path, separator: None, refuse: _Refuse) -> Iterator[Row]:
     for number, line in enumerate(_lines(path, refuse), 1):
         for value in _json_values(line.rstrip(), refuse, number):
             if not isinstance(value, dict):
-                rule = f"line {number} is a {_kind(value)}, not an object"
+                rule = f"line {number} is {kind(value)}, not an object"
                 raise refuse(rule, 'Write {"column": value, ...} in each line, or name it .json')
             yield value
 
@@ -171,10 +176,10 @@ def _json(path: Path, separator: None, refuse: _Refuse) -> Iterator[Row]:
     if isinstance(found, dict):
         found = _rows_of_object(found, refuse)
     if not isinstance(found, list):
-        raise refuse(f"it holds a {_kind(found)}, no rows", "Write a list of objects")
+        raise refuse(f"it holds {kind(found)}, no rows", "Write a list of objects")
     for number, row in enumerate(found, 1):
         if not isinstance(row, dict):
-            rule = f"row {number} is a {_kind(row)}, not an object"
+            rule = f"row {number} is {kind(row)}, not an object"
             raise refuse(rule, 'Write each row as {"column": value, ...}')
         yield row
 
@@ -227,9 +232,18 @@ def _json_values(text: str, refuse: _Refuse, line: int = 1) -> Iterator[Any]:
         raise refuse(f"line {number} cannot be read ({error})", "Check that value") from error
 
 
-def _kind(value: object) -> str:
-    names: dict[type, str] = {list: "list", dict: "object", str: "text", type(None): "null"}
-    return names.get(type(value), "number" if not isinstance(value, bool) else "truth value")
+def kind(value: object) -> str:
+    """What a message calls a value that is no text."""
+    names: dict[type, str] = {
+        type(None): "null",
+        bool: "a truth value",
+        int: "a number",
+        WrittenNumber: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _parquet(path: Path, separator: None, refuse: _Refuse) -> Iterator[Row]:

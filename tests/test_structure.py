@@ -67,11 +67,12 @@ def test_imports_go_one_way():
                     below.append("command_line")
                 assert imported in below, f"{path.name} imports {imported}"
             if name in ("reasoning", "checkpoints", "plots", "config_file"):
-                assert imported in ("figures", "plots", "reasoning", "refusal")
+                assert imported in ("figures", "plots", "reasoning", "refusal", "tables")
             if name == "command_line":
                 assert imported in ("arguments", "config_file", "refusal")
             if name == "clip":
-                assert imported in ("clip", "refusal", "side_effects", "backends")
+                below = ["backends", "clip", "figures", "refusal", "side_effects", "tables"]
+                assert imported in below, f"{path.name} imports {imported}"
 
 
 def test_public_names_are_sorted_and_there():

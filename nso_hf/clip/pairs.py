@@ -3,13 +3,16 @@
 import hashlib
 import multiprocessing
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
+
+from nso_hf.clip.images import rgb
+from nso_hf.clip.texts import NotText, text_of
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +28,20 @@ class Pair:
     caption: str | None
     label: str | None = None
     """Its class, where it has one."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """"caption" or "label" -> why what stands there is no text."""
+
+    @classmethod
+    def of(cls, key: str, image: Any, **stored: Any) -> "Pair":
+        """With a caption and a label of any type, as they are stored."""
+        texts: dict[str, str | None] = {"caption": None}
+        unreadable = {}
+        for name, value in stored.items():
+            try:
+                texts[name] = text_of(value)
+            except NotText as error:
+                unreadable[name] = str(error)
+        return cls(key, image, **texts, unreadable=unreadable)
 
     @property
     def image_key(self) -> str:
@@ -80,7 +97,9 @@ class Skipped:
         "unreadable images",
         "missing images",
         "missing captions",
+        "unreadable captions",
         "missing labels",
+        "unreadable labels",
         "broken shards",
     )
 
@@ -106,20 +125,28 @@ class Skipped:
         """Kind -> how often, of those that occurred."""
         return {kind: int(count.value) for kind, count in self._counts.items() if count.value}
 
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
+
 
 class Pairs(ABC):
     """A collection of pairs.
 
-    `skipped` counts what its readers left out.
+    `skipped` counts what its readers left out; `classes` are all that its labels may have, where
+    that is known.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, classes: Sequence[str] = ()) -> None:
+        self.name, self.classes = name, classes
         self.skipped = Skipped()
 
     @abstractmethod
     def __len__(self) -> int:
         """How many there are, those that will be skipped included."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Of what it holds: another one, in all likelihood, for other data."""
 
     @abstractmethod
     def shuffled(self, seed: Sequence[int], share: Share) -> Iterator[Pair]:
@@ -137,10 +164,6 @@ class Pairs(ABC):
         return [pair.label for pair in self]
 
 
-def text_of(value: Any) -> str | None:
-    return None if value is None or value != value else str(value)  # not a number: an empty cell
-
-
 def read_image(image: Any) -> Image.Image:
     """The image in RGB, of bytes, a path, or a PIL image.
 
@@ -148,6 +171,9 @@ def read_image(image: Any) -> Image.Image:
         Exception: whatever its decoder finds wrong with it.
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
-        return opened.convert("RGB")
+        return rgb(image)
+    try:
+        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return rgb(opened)
+    except UnidentifiedImageError as error:
+        raise ValueError("in no format of images that Pillow knows") from error

@@ -1,5 +1,6 @@
 """Pairs in the tar files of the webdataset library, read as streams."""
 
+import hashlib
 import json
 import random
 import re
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from nso_hf.clip.pairs import Fields, Pair, Pairs, Share, text_of
+from nso_hf.clip.pairs import Fields, Pair, Pairs, Share
+from nso_hf.clip.texts import NotText
 from nso_hf.refusal import refusal
+from nso_hf.tables import WrittenNumber
 
 _IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _FEW = 64  # shards that each reader can go through in an epoch
@@ -55,6 +58,11 @@ class Shards(Pairs):
             cure = "Give their number, --train_num_pairs"
             raise refusal("data", self.name, "how many pairs remote shards hold is unknown", cure)
         return self._num_pairs
+
+    def digest(self) -> str:
+        """Of the names of the shards, and of their sizes where they are local."""
+        sizes = [(url, Path(url).stat().st_size if _is_local(url) else 0) for url in self._urls]
+        return hashlib.sha256(repr((sizes, self._num_pairs)).encode()).hexdigest()
 
     def shuffled(self, seed: Sequence[int], share: Share) -> Iterator[Pair]:
         from webdataset.filters import shuffle
@@ -106,17 +114,18 @@ class Shards(Pairs):
         image = next((sample[name] for name in names if name in sample), None)
         caption = _field(sample, self._fields.caption or "txt")
         label = _field(sample, self._fields.label) if self._fields.label else None
-        return Pair(f"{Path(url).name}/{sample['__key__']}", image, caption, label)
+        key = f"{Path(url).name}/{sample['__key__']}"
+        return Pair.of(key, image, caption=caption, label=label)
 
     def _counted(self) -> int | None:
         folder = Path(self._urls[0]).parent
         sizes, length = folder / "sizes.json", folder / "__len__"
         if _is_local(self._urls[0]) and sizes.is_file():
-            known = json.loads(sizes.read_text())
+            known = json.loads(sizes.read_text(encoding="utf-8"))
             if all(Path(url).name in known for url in self._urls):
                 return sum(int(known[Path(url).name]) for url in self._urls)
         if _is_local(self._urls[0]) and length.is_file():
-            return int(length.read_text())
+            return int(length.read_text(encoding="utf-8"))
         if not all(map(_is_local, self._urls)):
             return None
         counting = tqdm(self._urls, desc="Counting pairs in shards", delay=3, leave=False)
@@ -151,14 +160,13 @@ def _has_an_end(url: str) -> bool:
         return size >= 1024 and not any(file.read())
 
 
-def _field(sample: Mapping[str, Any], name: str) -> str | None:
-    """A text among the files of a sample: `name`, or an entry of its json file."""
-    if name in sample:
-        return bytes(sample[name]).decode(errors="replace")
-    if "json" in sample:
-        try:
-            entries = json.loads(sample["json"])
-        except ValueError:
-            return None
-        return text_of(entries.get(name)) if isinstance(entries, dict) else None
-    return None
+def _field(sample: Mapping[str, Any], name: str) -> Any:
+    """One of the files of a sample, or an entry of its json file."""
+    if name in sample or "json" not in sample:
+        return sample.get(name)
+    try:
+        # A number as it is written.
+        entries = json.loads(sample["json"], parse_float=WrittenNumber)
+    except (ValueError, RecursionError):
+        return NotText("its json file is broken")
+    return entries.get(name) if isinstance(entries, dict) else None

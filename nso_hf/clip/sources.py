@@ -1,18 +1,21 @@
 """Opening a collection of pairs by its path or name."""
 
-import csv
 import re
+import tempfile
+import weakref
+from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging
 
 from nso_hf.clip.pairs import Fields, Pairs
 from nso_hf.clip.shards import Shards
 from nso_hf.clip.table import Table
+from nso_hf.clip.texts import NotText, text_of
 from nso_hf.refusal import Refusal, refusal
+from nso_hf.tables import is_table, rows
 
-logger = logging.get_logger(__name__)
+_ROWS_AT_A_TIME = 10_000
+_ONE_TEXT = "Write one row for each caption, or name another column"
 
 
 def open_pairs(
@@ -24,11 +27,11 @@ def open_pairs(
     csv_separator: str = "\t",
     num_pairs: int | None = None,
 ) -> Pairs:
-    """The pairs that `data` names: shards (`.tar`), a `.csv` or `.tsv` file, a folder of shards or
-    of images, or a dataset on the hub.
+    """The pairs that `data` names: shards (`.tar`), a `.csv`, `.tsv`, `.json`, `.jsonl` or
+    `.parquet` file, a folder of shards or of images, or a dataset on the hub.
 
     Raises:
-        ValueError: it does not exist, or has no column of that name.
+        ValueError: it does not exist, cannot be read, or has no column of that name.
     """
     path = Path(data)
     if re.search(r"\.tar(\.\w+)?(::|$)", data) or data.startswith("pipe:"):
@@ -37,9 +40,11 @@ def open_pairs(
         return Shards("::".join(map(str, shards)), fields, num_pairs)
     if num_pairs is not None:
         raise refusal("train_num_pairs", num_pairs, f"{data} is no shard", "Leave it out")
-    is_table = path.suffix in (".csv", ".tsv")
-    if not path.exists() and (is_table or data.startswith((".", "/"))):
+    if not path.exists() and (is_table(path) or data.startswith((".", "/"))):
         raise refusal("data", data, "no such file or folder", "Check the path")
+    if path.is_file() and not is_table(path):
+        cure = "Use .tar, .csv, .tsv, .json, .jsonl or .parquet files, or a folder of images"
+        raise refusal("data", data, "a file of no known kind", cure)
     return _open_table(data, fields, split, config, csv_separator)
 
 
@@ -48,59 +53,102 @@ def _open_table(
 ) -> Table:
     import datasets
 
-    path, folder = Path(data), None
-    defaults = Fields("image", "text", None)
-    if path.suffix in (".csv", ".tsv"):
-        defaults, folder = Fields("filepath", "title", None), path.parent
-    try:
-        rows = _rows(path, data, split, config, csv_separator)
-    except Refusal:
-        raise
-    except Exception as error:  # of that library, pandas, the hub, the file system: of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        cure = "Check the path or id, the split and the network"
-        raise refusal("data", data, reason, cure) from error
+    path = Path(data)
+    is_csv = re.search(r"\.[ct]sv(\.gz)?$", data, re.IGNORECASE) is not None
+    defaults = Fields("filepath", "title") if is_csv else Fields("image", "text")
     fields = Fields(
         fields.image or defaults.image, fields.caption or defaults.caption, fields.label
     )
+    if is_table(path) and ".parquet" not in path.suffixes:
+        separator = csv_separator if ".csv" in data.lower() else None
+        found, fields = _text_rows(path, separator, fields)
+        return Table(data, found, fields, path.parent)
+    try:
+        found = _dataset(path, data, split, config)
+    except Refusal:
+        raise
+    except Exception as error:  # of that library, the hub, the file system: of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        cure = "Check the path or id, the split and the network"
+        raise refusal("data", data, reason, cure) from error
+    fields = _checked(data, fields, found.column_names)
+    if isinstance(found.features[fields.image], datasets.Image):
+        found = found.cast_column(fields.image, datasets.Image(decode=False))
+    if fields.caption and not isinstance(found.features[fields.caption], datasets.Value):
+        holds = "lists" if isinstance(found.features[fields.caption], datasets.List) else "no texts"
+        raise refusal("caption_column", fields.caption, f"holds {holds}", _ONE_TEXT)
+    classes: list[str] = []
+    if fields.label and isinstance(found.features[fields.label], datasets.ClassLabel):
+        classes = found.features[fields.label].names
+        numbers = found[fields.label]
+        labels = [None if n is None or n < 0 else classes[n] for n in numbers]
+        found = found.remove_columns(fields.label).add_column(fields.label, labels)
+    return Table(data, found, fields, path.parent if path.is_file() else None, classes)
+
+
+def _checked(data: str, fields: Fields, columns: list[str]) -> Fields:
+    """The fields that there are: images with classes need no captions.
+
+    Raises:
+        ValueError: one is missing.
+    """
+
+    def refuse(option: str, name: str) -> Refusal:
+        rule = f"not in {data}, which has {', '.join(columns)}"
+        cure = "Name one of them" if len(columns) > 1 else "Set --csv_separator"
+        return refusal(option, name, rule, cure)
+
     for option, name in (("image_column", fields.image), ("label_column", fields.label)):
-        if name is not None and name not in rows.column_names:
-            columns = ", ".join(rows.column_names)
-            cure = "Name one of them" if len(rows.column_names) > 1 else "Set --csv_separator"
-            raise refusal(option, name, f"not in {data}, which has {columns}", cure)
-    if fields.caption not in rows.column_names:
+        if name is not None and name not in columns:
+            raise refuse(option, name)
+    if fields.caption is not None and fields.caption not in columns:
         if fields.label is None:
-            columns = ", ".join(rows.column_names)
-            rule = f"not in {data}, which has {columns}"
-            raise refusal("caption_column", fields.caption, rule, "Name one of them")
-        fields = Fields(fields.image, None, fields.label)  # images with classes alone
-    if isinstance(rows.features[fields.image], datasets.Image):
-        rows = rows.cast_column(fields.image, datasets.Image(decode=False))
-    if fields.label and isinstance(rows.features[fields.label], datasets.ClassLabel):
-        names = rows.features[fields.label].names
-        labels = [names[number] if number >= 0 else None for number in rows[fields.label]]
-        rows = rows.remove_columns(fields.label).add_column(fields.label, labels)
-    if fields.caption and isinstance(rows.features[fields.caption], (list, datasets.List)):
-        cure = "Write one row for each caption, or name another column"
-        raise refusal("caption_column", fields.caption, "holds lists", cure)
-    return Table(data, rows, fields, folder)
+            raise refuse("caption_column", fields.caption)
+        return Fields(fields.image, None, fields.label)
+    return fields
 
 
-def _rows(path: Path, data: str, split: str, config: str | None, csv_separator: str) -> Any:
+def _text_rows(path: Path, separator: str | None, fields: Fields) -> tuple[Any, Fields]:
+    """The columns of `fields` of a text file, in a file of Arrow's that is mapped into memory and
+    removed with them."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    first = next(rows(path, separator=separator))
+    fields = _checked(str(path), fields, list(first))
+    options = {
+        "image_column": fields.image,
+        "caption_column": fields.caption,
+        "label_column": fields.label,
+    }
+    named = {name: option for option, name in options.items() if name is not None}
+    features = datasets.Features({name: datasets.Value("string") for name in named})
+    folder = tempfile.TemporaryDirectory(prefix="nso_hf-pairs-")
+    file = f"{folder.name}/rows.arrow"
+    numbered = enumerate(rows(path, separator=separator), 1)
+    with ArrowWriter(path=file, features=features) as writer:
+        while block := list(islice(numbered, _ROWS_AT_A_TIME)):
+            columns: dict[str, list[str | None]] = {name: [] for name in named}
+            for number, row in block:
+                for name, texts in columns.items():
+                    try:
+                        texts.append(text_of(row.get(name)))
+                    except NotText as error:
+                        rule = f"row {number} of {path}: {error}, no text"
+                        raise refusal(named[name], name, rule, _ONE_TEXT) from error
+            writer.write_batch(columns)
+        writer.finalize()
+    found = datasets.Dataset.from_file(file)
+    weakref.finalize(found, folder.cleanup)
+    return found, fields
+
+
+def _dataset(path: Path, data: str, split: str, config: str | None) -> Any:
     import datasets
 
-    if path.suffix in (".csv", ".tsv"):
-        separator = "\t" if path.suffix == ".tsv" else csv_separator
-        with path.open(newline="") as file:
-            names = next(csv.reader(file, delimiter=separator), [])
-            lines = sum(bool(line.strip()) for line in file)
-        # As they are written: "null" is a caption, 000 a class.
-        features = datasets.Features({name: datasets.Value("string") for name in names})
-        options = {"delimiter": separator, "features": features, "keep_default_na": False}
-        rows = datasets.load_dataset("csv", data_files=data, split="train", **options)
-        if len(rows) != lines:
-            logger.warning(f"{data}: {lines} lines make {len(rows)} rows; check the quotes in it")
-        return rows
+    if path.is_file():
+        next(rows(path))  # or it is refused, with its reason
+        return datasets.load_dataset("parquet", data_files=data, split="train")
     if (path / "dataset_info.json").is_file():
         return datasets.load_from_disk(data)
     if (path / "dataset_dict.json").is_file():

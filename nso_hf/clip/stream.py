@@ -112,6 +112,9 @@ def usable(pair: Pair, pairs: Pairs, needs: str = "caption") -> Image.Image | No
         skipped.add("missing images", pair.key)
         return None
     text = getattr(pair, needs)
+    if needs in pair.unreadable:
+        skipped.add(f"unreadable {needs}s", f"{pair.key} ({pair.unreadable[needs]})")
+        return None
     if text is None or not text.strip():
         skipped.add(f"missing {needs}s", pair.key)
         return None
@@ -133,7 +136,7 @@ def check_usable(pairs: Pairs, needs: str = "caption") -> None:
 
 
 def nothing_usable(pairs: Pairs) -> Refusal:
-    rule = f"nothing of it could be used (skipped: {pairs.skipped.counts})"
+    rule = f"nothing of it could be used (skipped: {pairs.skipped})"
     return refusal("data", pairs.name, rule, "Check the files, columns and captions")
 
 

@@ -1,12 +1,14 @@
 """Pairs in the rows of a table."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nso_hf.clip.pairs import Fields, Pair, Pairs, Share, text_of
+from nso_hf.clip.pairs import Fields, Pair, Pairs, Share
 
 
 class Table(Pairs):
@@ -17,9 +19,14 @@ class Table(Pairs):
     """
 
     def __init__(
-        self, name: str, rows: Sequence[Mapping[str, Any]], fields: Fields, folder: Path | None
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]],
+        fields: Fields,
+        folder: Path | None,
+        classes: Sequence[str] = (),
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, classes)
         self._rows, self._fields, self._folder = rows, fields, folder
 
     def __len__(self) -> int:
@@ -36,10 +43,26 @@ class Table(Pairs):
         return (self._pair(index) for index in range(len(self)))
 
     def labels(self) -> list[str | None]:
-        name = self._fields.label
-        if hasattr(self._rows, "select_columns"):  # a dataset: without its images
-            return [text_of(row[name]) for row in self._rows.select_columns([name])]
-        return [text_of(row[name]) for row in self._rows] if name else []
+        return [Pair.of("", None, label=label).label for label in self._column(self._fields.label)]
+
+    def digest(self) -> str:
+        """Of all captions and labels, and of a thousand of the images."""
+        step = -(-len(self) // 1000)
+        digest = hashlib.sha256(str(len(self)).encode())
+        texts = (self._column(name) for name in (self._fields.caption, self._fields.label))
+        images = (self._pair(index).image_key for index in range(0, len(self), step))
+        for item in chain(*texts, images):
+            digest.update(repr(item).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _column(self, name: str | None) -> Iterator[Any]:
+        if name is None:
+            return
+        if not hasattr(self._rows, "select_columns"):
+            yield from (row[name] for row in self._rows)
+            return
+        for batch in self._rows.select_columns([name]).iter(10_000):  # a dataset: without images
+            yield from batch[name]
 
     def _pair(self, index: int) -> Pair:
         row = self._rows[index]
@@ -50,6 +73,5 @@ class Table(Pairs):
             image = Path(image)
             if self._folder is not None and (self._folder / image).exists():
                 image = self._folder / image
-        caption = row[self._fields.caption] if self._fields.caption else None
-        label = row[self._fields.label] if self._fields.label else None
-        return Pair(str(index), image, text_of(caption), text_of(label))
+        names = {"caption": self._fields.caption, "label": self._fields.label}
+        return Pair.of(str(index), image, **{n: row[c] for n, c in names.items() if c})

@@ -167,7 +167,7 @@ def test_nothing_to_encode_is_an_error():
     clip = tiny_clip()
     empty = Table("rows", [{"image": b"", "caption": "x"}] * 3, Fields("image", "caption"), None)
     loss = contrastive_loss(clip.model)
-    with pytest.raises(ValueError, match=r"nothing of it could be used .*'unreadable images': 3"):
+    with pytest.raises(ValueError, match=r"nothing of it could be used .*3 unreadable images"):
         encode(clip.model, clip, empty, Accelerator(cpu=True), batch_size=2, loss=loss)
 
 
