@@ -41,6 +41,7 @@ from nso_hf.reasoning.prompts import PromptFormat, training_rows
 from nso_hf.reasoning.report import report
 from nso_hf.recorded_options import RecordedOptions, fingerprint
 from nso_hf.refusal import refusal
+from nso_hf.tables import is_table
 
 
 @dataclass
@@ -52,8 +53,8 @@ class DataOptions:
         metadata={
             "help": f"One of {', '.join(p for p in PRESETS if p != 'columns')}; reasoning_gym:TASK "
             "(generated); a hub id; "
-            "or a local .json, .jsonl, .parquet or .csv file, or a folder of such files named "
-            "train, validation, test."
+            "or a local .csv, .tsv, .json, .jsonl or .parquet file, a folder of such files named "
+            "train, validation, test, or a copy of a data set of the hub."
         }
     )
     preset: str | None = field(
@@ -63,7 +64,9 @@ class DataOptions:
             "choices": list(PRESETS),
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration on the hub, or in a copy of it."}
+    )
     dataset_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of a reasoning_gym task, as JSON."}
     )
@@ -151,8 +154,8 @@ class DataOptions:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise refusal(option, value, "must be at least 1", "Give a positive number")
-        looks_local = Path(self.dataset).suffix in (".json", ".jsonl", ".parquet", ".csv")
-        if (looks_local or self.dataset.startswith((".", "/"))) and not Path(self.dataset).exists():
+        looks_local = is_table(self.dataset) or self.dataset.startswith((".", "/"))
+        if looks_local and not Path(self.dataset).exists():
             raise refusal("dataset", self.dataset, "no such file or folder", "Check the path")
 
     @property
@@ -169,7 +172,7 @@ class DataOptions:
         path = preset.path if self.dataset == self.preset and preset.path else self.dataset
         options: dict[str, Any] = {
             "preset": self.preset,
-            "config": self.dataset_config or preset.config,
+            "config": self.dataset_config,
             "columns": Columns(self.question_column, self.rationale_column, self.answer_column),
         }
         train = load_examples(path, "train", **options)
@@ -398,6 +401,7 @@ def fine_tune(
         chat=data.template == "chat" or (data.template == "auto" and bool(tokenizer.chat_template)),
         instruction=data.instruction,
         is_encoder_decoder=is_encoder_decoder,
+        first_token=model.generation_config.forced_bos_token_id if is_encoder_decoder else None,
     )
     rows, too_long = training_rows(train, prompt_format, data.max_length)
     validation_rows, _ = training_rows(validation, prompt_format, data.max_length)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from nso_hf import NSOTrainer
 from nso_hf.figures import with_error
@@ -240,22 +241,25 @@ class Parrot(torch.nn.Module):
     """Generates given texts, one after the other."""
 
     device = torch.device("cpu")
-    generation_config = SimpleNamespace(eos_token_id=[1, 7])  # 7 ends a turn
+    generation_config = GenerationConfig(eos_token_id=[1, 7], do_sample=True)  # 7 ends a turn
 
     def __init__(self, texts, tokenizer):
         super().__init__()
         self.texts, self.tokenizer = dict(texts), tokenizer
 
-    def generate(self, input_ids, attention_mask, **kwargs):
-        assert not self.training and kwargs["do_sample"] is False
-        assert kwargs["eos_token_id"] == [1, 7] and kwargs["repetition_penalty"] == 1
+    def generate(self, input_ids, attention_mask, **probing):
+        asked = self.generation_config
+        assert not self.training and asked.do_sample is False
+        assert asked.eos_token_id == [1, 7]
+        if probing:  # whether padding is seen
+            return SimpleNamespace(logits=[torch.ones(2, 9)])
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             prompt = self.tokenizer.decode(ids[mask.bool()])
             text = self.texts[prompt.removesuffix(" ###")]
             ids = self.tokenizer(text.removesuffix("<turn>"))["input_ids"]
             ids = ids + [7] * text.endswith("<turn>")
-            rows.append(torch.tensor(ids[: kwargs["max_new_tokens"]]))
+            rows.append(torch.tensor(ids[: asked.max_new_tokens]))
         new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
         return torch.cat([input_ids, new], dim=1)
 

@@ -1,15 +1,13 @@
-"""Questions with rationales and answers, from the hub, from local files, or generated."""
+"""Questions with rationales and answers, from the hub or from local files."""
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from nso_hf.reasoning.sources import Row, Source, open_split
 from nso_hf.refusal import refusal
-
-_SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+from nso_hf.tables import kind
 
 
 @dataclass(frozen=True)
@@ -31,41 +29,81 @@ class Columns:
     answer: str = "answer"
 
 
-Row = Mapping[str, Any]
+class RowError(ValueError):
+    """What is wrong with a row, and what to do about it."""
+
+    def __init__(
+        self, cause: str, cure: str = "Write one text there, or leave the row out"
+    ) -> None:
+        super().__init__(cause)
+        self.cure = cure
+
+
+def _text(row: Row, name: str) -> str:
+    """The text, number or truth value in a column, as it was written."""
+    value = row[name]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value != value:
+        raise RowError(f"{name!r} is not a number (NaN)")
+    if not isinstance(value, str | int | float):
+        raise RowError(f"{name!r} is {kind(value)}")
+    return str(value)
+
+
+def _question(row: Row, columns: Columns) -> str:
+    text = _text(row, columns.question)
+    if not text.strip():
+        raise RowError(f"{columns.question!r} is blank")
+    return text
+
+
+def _rationales(row: Row, name: str) -> tuple[str, ...]:
+    """Those that a column holds, one or a list of several: blank ones are none."""
+    found = row.get(name)
+    several = found if isinstance(found, list) else [found]
+    texts = [_text({name: one}, name) for one in several if one is not None]
+    return tuple(text for text in texts if text.strip())
 
 
 def _plain(row: Row, columns: Columns) -> Example:
-    rationale = row.get(columns.rationale)
-    several = (rationale or "") if isinstance(rationale, str) or rationale is None else rationale
-    rationales = (several,) if isinstance(several, str) else tuple(several)
-    answer = row[columns.answer]
-    text = ("yes" if answer else "no") if isinstance(answer, bool) else str(answer)
-    return Example(str(row[columns.question]), text, tuple(r for r in rationales if r))
+    rationales = _rationales(row, columns.rationale)
+    return Example(_question(row, columns), _text(row, columns.answer), rationales)
+
+
+_THOUSANDS = re.compile(r"[^\d()\[\]{}]*\d{1,3}(?:,\d{3})+(?:\.\d+)?[^\d,()\[\]{}]*")
 
 
 def _gsm8k(row: Row, columns: Columns) -> Example:
-    rationale, marker, answer = str(row[columns.answer]).rpartition("####")
-    if not marker:
-        rule = f"preset gsm8k expects 'rationale #### answer', not {answer[:60]!r}"
-        raise refusal(
-            "answer_column", columns.answer, rule, "Use the right column, or --preset columns"
-        )
+    text = _text(row, columns.answer)
+    rationale, marker, answer = (part.strip() for part in text.rpartition("####"))
+    if not marker or not answer:
+        cause = f"preset gsm8k expects 'rationale #### answer', not {text[-60:]!r}"
+        raise RowError(cause, "Set --answer_column, or --preset columns")
+    if _THOUSANDS.fullmatch(answer):
+        answer = answer.replace(",", "")
     steps = re.sub(r"<<.*?>>", "", rationale).strip()  # the calculator's annotations
-    return Example(str(row[columns.question]), answer.strip().replace(",", ""), (steps,))
+    return Example(_question(row, columns), answer, (steps,) if steps else ())
 
 
 def _commonsense_qa(row: Row, columns: Columns) -> Example:
     choices = row["choices"]
-    listed = " ".join(f"({a}) {b}" for a, b in zip(choices["label"], choices["text"], strict=True))
-    question = f"{row[columns.question]}\nAnswer choices: {listed}"
+    try:
+        pairs = list(zip(choices["label"], choices["text"], strict=True))
+    except (TypeError, KeyError, ValueError) as error:
+        cause = f"'choices' is no object of 'label' and 'text', as many of each ({error})"
+        raise RowError(cause, "Write it so, or use --preset columns") from error
+    listed = " ".join(f"({label}) {text}" for label, text in pairs)
+    question = f"{_question(row, columns)}\nAnswer choices: {listed}"
     key = columns.answer if columns.answer in row else "answerKey"
     return _plain({**row, columns.question: question, columns.answer: row[key]}, columns)
 
 
 def _strategy_qa(row: Row, columns: Columns) -> Example:
-    facts = row.get(columns.rationale, row.get("facts"))
-    rationale = " ".join(facts) if isinstance(facts, list) else facts
-    return _plain({**row, columns.rationale: rationale}, columns)
+    facts = _rationales(row, columns.rationale if columns.rationale in row else "facts")
+    answer = _text(row, columns.answer)
+    answer = {"true": "yes", "false": "no"}.get(answer.lower(), answer)
+    return Example(_question(row, columns), answer, (" ".join(facts),) if facts else ())
 
 
 @dataclass(frozen=True)
@@ -97,52 +135,34 @@ def load_examples(
     columns: Columns | None = None,
 ) -> list[Example] | None:
     """The examples of one split of a hub data set, a local file (split "train") or a folder of
-    files named after splits.
+    files named after splits, as one writes it or as it is on the hub.
 
     None where there is no such split.
 
     Raises:
-        ValueError: no such file, column or row format; the message names the columns there are.
+        ValueError: no such file or column, or a row that is no question with an answer. One line
+            that names the file, the row and the cause.
     """
-    from datasets import get_dataset_split_names, load_dataset
-
-    columns = columns or Columns()
-    path = Path(dataset)
-    if path.exists():
-        files = _local_files(path)
-        if split not in files:
-            return None
-        rows = load_dataset(
-            _SUFFIXES[files[split].suffix], data_files=str(files[split]), split="train"
-        )
-    else:
-        try:
-            if split not in get_dataset_split_names(dataset, config):
-                return None
-            rows = load_dataset(dataset, config, split=split)
-        except (OSError, ValueError) as error:  # not there, no network, no such configuration
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            cure = "Check the id, --dataset_config and the network, or give a local path"
-            raise refusal("dataset", dataset, reason, cure) from error
+    sources = open_split(dataset, split, config, PRESETS[preset].config)
+    if sources is None:
+        return None
     parse = PRESETS[preset].parse
-    try:
-        return [parse(row, columns) for row in rows]
-    except KeyError as error:
-        there = f"{dataset} has the columns {', '.join(rows.column_names)}"
-        cure = "Set --question_column, --rationale_column and --answer_column, or --preset"
-        raise refusal("column", error.args[0], there, cure) from error
+    return [example for source in sources for example in _parsed(source, parse, columns)]
 
 
-def _local_files(path: Path) -> dict[str, Path]:
-    if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise refusal("dataset", str(path), f"not one of {', '.join(_SUFFIXES)}", "Convert it")
-        return {"train": path}
-    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES}
-    if not files:
-        rule = f"the folder has no {', '.join(_SUFFIXES)} file"
-        raise refusal("dataset", str(path), rule, "Put train.jsonl (and test.jsonl) into it")
-    return files
+def _parsed(
+    source: Source, parse: Callable[[Row, Columns], Example], columns: Columns | None
+) -> Iterator[Example]:
+    name, rows = source
+    for number, row in enumerate(rows, 1):
+        try:
+            yield parse(row, columns or Columns())
+        except KeyError as error:
+            there = f"row {number} of {name} has the columns {', '.join(map(repr, row))}"
+            cure = "Set --question_column, --rationale_column and --answer_column, or --preset"
+            raise refusal("column", error.args[0], there, cure) from error
+        except RowError as error:
+            raise refusal("dataset", name, f"row {number}: {error}", error.cure) from error
 
 
 def hold_out(

@@ -128,7 +128,20 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
         for config in (model.config, model.generation_config):
             config.pad_token_id = tokenizer.pad_token_id
+    check_vocabulary(model, tokenizer, path)
     return model, tokenizer, is_encoder_decoder
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that has tokens without a row in the model's embedding."""
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if rows is not None and tokens > rows:
+        rule = f"its tokenizer has {tokens} tokens and its embedding {rows} rows"
+        cure = (
+            f"Save it again after model.resize_token_embeddings({tokens}), or the right tokenizer"
+        )
+        raise refusal("model_name_or_path", name, rule, cure)
 
 
 def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder: bool) -> Any:
