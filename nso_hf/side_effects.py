@@ -101,8 +101,8 @@ class Buffers:
                     buffers.clear()
                     buffers.update(held)
             if written:
-                with torch.no_grad():
-                    torch._foreach_copy_(written, copies)
+                # .data, since a graph built before has saved what is put back here: no change to it
+                torch._foreach_copy_([tensor.data for tensor in written], copies)
             for key in [
                 key for key, version in versions.items() if named[key][1]._version > version
             ]:

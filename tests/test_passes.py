@@ -167,6 +167,17 @@ def test_buffers_added_in_a_pass_are_gone_after_it():
     assert "other" not in model._buffers
 
 
+def test_a_graph_from_before_may_have_saved_a_buffer():
+    model = nn.Module()
+    model.register_buffer("mask", torch.tensor([1.0, 2.0]))
+    x = torch.ones(2, requires_grad=True)
+    loss = (x * model.mask).sum()
+    with Buffers(model).kept():
+        model.mask.data.zero_()
+    loss.backward()
+    assert torch.equal(x.grad, torch.tensor([1.0, 2.0]))
+
+
 def test_large_constant_buffers_are_not_copied(monkeypatch):
     large = torch.zeros(2**17)
     model = Net()
