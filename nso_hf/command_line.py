@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from nso_hf.arguments import NSOArguments
 from nso_hf.config_file import read_config
-from nso_hf.refusal import Refusal, refusal
+from nso_hf.refusal import MissingPackage, Refusal, refusal
 
 _MOST_USED = {
     "output_dir",
@@ -55,7 +55,7 @@ def run(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except Refusal as error:
+    except (Refusal, MissingPackage) as error:
         end_with(f"error: {error}")
     except KeyboardInterrupt:
         end_with("\nInterrupted.")

@@ -12,11 +12,15 @@ def refusal(option: str, value: object, rule: str, cure: str) -> Refusal:
     return Refusal(f"{option}={value!r}: {rule}. {cure}.")
 
 
+class MissingPackage(ImportError):  # noqa: N818
+    """A package of an extra is not installed."""
+
+
 def needs(part: str, extra: str, *packages: str) -> None:
     """
     Raises:
-        ImportError: one of the packages of this optional part of the library is not installed.
+        MissingPackage: one of the packages of this optional part of the library is not installed.
     """
     for name in packages:
         if find_spec(name) is None:
-            raise ImportError(f"{part} needs {name}: run pip install 'nso_hf[{extra}]'")
+            raise MissingPackage(f"{part} needs {name}: run pip install 'nso_hf[{extra}]'")

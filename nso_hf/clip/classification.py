@@ -1,24 +1,26 @@
 """Classification of encoded images: by the names of the classes, and by a linear probe."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from open_clip import (
-    IMAGENET_CLASSNAMES,
-    OPENAI_IMAGENET_TEMPLATES,
-    SIMPLE_IMAGENET_TEMPLATES,
-    CoCa,
-    build_zero_shot_classifier,
-)
 from torch import Tensor, nn
 
 from nso_hf.clip.encoding import Encoded, evaluating, image_size
-from nso_hf.clip.models import ClipModel, text_features
-from nso_hf.refusal import refusal
+from nso_hf.clip.models import ClipModel, is_coca, text_features
+from nso_hf.refusal import needs, refusal
+
+needs("nso_hf.clip", "clip", "open_clip", "sklearn")
+
+from open_clip import (  # noqa: E402
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    SIMPLE_IMAGENET_TEMPLATES,
+    build_zero_shot_classifier,
+)
 
 TEMPLATES = {
     "openai": OPENAI_IMAGENET_TEMPLATES,
@@ -48,16 +50,28 @@ class Classification:
     images: int
     stderr: float
     """Binomial, of top1."""
+    per_class: dict[str, "OfClass"]
+    """Of each class with images."""
 
 
-def class_names(labels: Sequence[str | None], name: str) -> list[str]:
+@dataclass(frozen=True)
+class OfClass:
+    """How many images a class has, and how many of these are classified right."""
+
+    images: int
+    accuracy: float
+
+
+def class_names(
+    labels: Sequence[str | None], name: str, candidates: Collection[str] = ()
+) -> list[str]:
     """The classes that occur, sorted.
 
     Raises:
-        ValueError: there are fewer than two.
+        ValueError: none occurs, or one that has no other class beside it among the `candidates`.
     """
     classes = sorted({label for label in labels if label is not None})
-    if len(classes) < 2:
+    if not classes or len({*classes, *candidates}) < 2:
         found = f"the one class {classes[0]}" if classes else "no class"
         rule = f"its images have {found}: nothing is to be told apart"
         cure = "Use images of two classes or more, or name another column"
@@ -110,25 +124,30 @@ def zero_shot(
     if not weights.isfinite().all():
         ranked[:] = -1
     top5 = (ranked == target[:, None]).any(dim=1) if len(classes) > 5 else None
-    return _classification(ranked[:, 0], target, len(classes), top5), ranked[:, 0]
+    return _classification(ranked[:, 0], target, classes, top5), ranked[:, 0]
 
 
 def _classification(
-    predicted: Tensor, target: Tensor, classes: int, top5: Tensor | None = None
+    predicted: Tensor, target: Tensor, classes: Sequence[str], top5: Tensor | None = None
 ) -> Classification:
     right = (predicted == target).double()
     n, p = len(right), right.mean().item()
-    counts = torch.bincount(target, minlength=classes)
-    per_class = torch.zeros(classes, dtype=torch.double).index_add(0, target, right)
+    counts = torch.bincount(target, minlength=len(classes))
+    shares = torch.zeros(len(classes), dtype=torch.double).index_add(0, target, right) / counts
     return Classification(
         top1=p,
         top5=None if top5 is None else top5.double().mean().item(),
-        mean_per_class=(per_class / counts)[counts > 0].mean().item(),
-        chance=1 / classes,
+        mean_per_class=shares[counts > 0].mean().item(),
+        chance=1 / len(classes),
         majority=counts.max().item() / n,
-        classes=classes,
+        classes=len(classes),
         images=n,
         stderr=(p * (1 - p) / n) ** 0.5,
+        per_class={
+            label: OfClass(int(counts[index]), shares[index].item())
+            for index, label in enumerate(classes)
+            if counts[index]
+        },
     )
 
 
@@ -137,7 +156,7 @@ class _Texts:
 
     def __init__(self, model: nn.Module, clip: ClipModel) -> None:
         self._model = model
-        self._is_coca = isinstance(clip.model, CoCa)
+        self._is_coca = is_coca(clip.model)
         self._size = image_size(clip.model)
 
     def encode_text(self, text: Tensor, normalize: bool) -> Tensor:
@@ -164,9 +183,7 @@ def linear_probe(encoded: Encoded, classes: Sequence[str], *, C: float = 0.316) 
     predicted = np.full(kept.sum(), -1)
     if np.isfinite(features).all():
         predicted = cross_val_predict(probe, features, target[kept], cv=folds)
-    return _classification(
-        torch.from_numpy(predicted), torch.from_numpy(target[kept]), len(classes)
-    )
+    return _classification(torch.from_numpy(predicted), torch.from_numpy(target[kept]), classes)
 
 
 def check_probe(labels: Sequence[str | None]) -> None:

@@ -17,9 +17,14 @@ is added up micro-batch by micro-batch, the other features being constants (`CLI
 from collections.abc import Mapping
 from typing import Any
 
-import open_clip
-from open_clip.loss import SigLipLoss
 from torch import Tensor, nn
+
+from nso_hf.refusal import needs
+
+needs("nso_hf.clip", "clip", "open_clip")
+
+import open_clip  # noqa: E402
+from open_clip.loss import SigLipLoss  # noqa: E402
 
 
 def contrastive_loss(

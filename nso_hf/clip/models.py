@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.factory import get_model_config, parse_model_name
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from nso_hf.clip.stream import Tokenizer, Transform
-from nso_hf.refusal import refusal
+from nso_hf.refusal import needs, refusal
+
+needs("nso_hf.clip", "clip", "open_clip")
+
+import open_clip  # noqa: E402
+from open_clip.factory import get_model_config, parse_model_name  # noqa: E402
+from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
 
 logger = hf_logging.get_logger(__name__)
 
@@ -59,7 +62,7 @@ class ClipModel:
         preprocessing = dict(self.model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
         preprocessing.pop("size", None)
         config = {"model_cfg": self.config, "preprocess_cfg": preprocessing}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_clip(
@@ -115,11 +118,11 @@ def load_clip(
         value = name if pretrained is None else pretrained
         cure = "Check the configuration, and that these weights are of this model"
         raise refusal(option, value, f"open_clip cannot build it ({error})", cure) from error
-    if isinstance(model, open_clip.CoCa) and pretrained is None and schema is None:
+    if is_coca(model) and pretrained is None and schema is None:
         # open_clip 3.3 leaves it as the memory was; this is the deviation it means to give it.
         projection = model.text_decoder.text_projection
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
-    if siglip and (isinstance(model, open_clip.CoCa) or model.logit_bias is None):
+    if siglip and (is_coca(model) or model.logit_bias is None):
         rule = f"{type(model).__name__} has no sigmoid loss"
         raise refusal("siglip", True, rule, "Use a model without a decoder")
     if siglip and pretrained is not None and not model.logit_bias.any():
@@ -156,6 +159,11 @@ def load_clip(
     )
 
 
+def is_coca(model: nn.Module) -> bool:
+    """Whether it decodes captions too."""
+    return isinstance(model, open_clip.CoCa)
+
+
 def _answer_to_the_trainer(model: nn.Module) -> None:
     """What the Trainer asks of a model, by the names that models of transformers have for it."""
 
@@ -175,7 +183,7 @@ def _config(name: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise refusal("model", name, "no such file", "Give the path of a JSON file")
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise refusal(
                 "model", name, f"not JSON ({error})", "Write it as open_clip's"
@@ -211,9 +219,9 @@ def _check_image_size(image_size: int, config: Mapping[str, Any]) -> None:
         raise refusal("image_size", image_size, rule, f"Use {near}, or another multiple")
 
 
-def text_features(model: nn.Module, text: Tensor, is_coca: bool, image_size: Any) -> Tensor:
-    """Normalised features (n, D) of texts (n, context length)."""
-    if not is_coca:
+def text_features(model: nn.Module, text: Tensor, with_image: bool, image_size: Any) -> Tensor:
+    """Normalised features (n, D) of texts (n, context length); of CoCa `with_image`."""
+    if not with_image:
         features: Tensor = model(text=text)["text_features"]
         return features
     # Its forward pass decodes the text against an image: any will do.

@@ -30,7 +30,7 @@ _VARIANTS = re.compile(
 _HELD_OUT = 5  # one concept in so many
 
 
-def openmoji_pairs(split: str, size: int = 64) -> Table:
+def openmoji_pairs(split: str, size: int = 64, *, labelled: bool = False) -> Table:
     """The emoji of training concepts, or of held-out ones, `size` pixels wide.
 
     Variants of one concept (woman running, man running) are in the same split; skin tones are left
@@ -38,11 +38,14 @@ def openmoji_pairs(split: str, size: int = 64) -> Table:
 
     Args:
         split: "train" or "test".
+        labelled: those alone that are of one of the classes.
 
     Raises:
         ValueError: the packages that carry them are not installed.
     """
-    rows = [row for row in _rows(size) if (row["is_held_out"]) == (split == "test")]
+    rows = [row for row in _rows(size) if row["is_held_out"] == (split == "test")]
+    if labelled:
+        rows = [row for row in rows if row["label"] is not None]
     return Table(f"openmoji:{split}", rows, Fields("image", "caption", "label"), None)
 
 

@@ -1,53 +1,75 @@
 """What a finished run shows: tables against chance, and the images found for captions."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nso_hf.clip.encoding import Encoded
 from nso_hf.clip.pairs import Pairs, read_image
 from nso_hf.clip.retrieval import RECALLS, best_images
+from nso_hf.figures import with_error
+from nso_hf.plots import plot_training
+from nso_hf.refusal import needs
 
-if TYPE_CHECKING:
-    from rich.table import Table
+needs("nso_hf.clip.report", "clip", "rich")
+
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+TITLES = {
+    "loss": "Contrastive loss, nats",
+    "eval_text_to_image_recall@10": "Validation recall@10, text → image",
+    "clip/logit_scale": "Logit scale",
+    "nso/perturbation_norm": "Norm of the perturbation applied",
+}
 
 _DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
+_CLASSES = 20  # in the table of them
+_LETTERS = 36  # in a line of a caption
+_INCH, _LINE = 1.3, 0.16  # of an image, and of a line of text
 
 
-def print_results(results: Mapping[str, Any], output: Path, files: Sequence[str]) -> None:
-    """Print retrieval, classification and curvature, as far as they were measured, and where the
-    files are."""
-    from rich.console import Console
-
+def report(
+    results: Mapping[str, Any], output: Path, encoded: Encoded | None, held_out: Pairs | None
+) -> None:
+    """Draw training.png and, of the held-out pairs, retrieval.png; print retrieval, classification
+    and curvature, as far as they were measured, and where the files are."""
+    files = ["results.json", "training.png", "model.safetensors", "open_clip_config.json"]
+    plot_training(results["log"], output / "training.png", TITLES, top=None)
+    if encoded is not None and held_out is not None:
+        plot_retrieval(encoded, held_out, output / "retrieval.png")
+        files.insert(2, "retrieval.png")
     console = Console()
     if results.get("retrieval"):
         console.print(_retrieval(results["retrieval"]))
     kinds = {"zero-shot": results.get("zero_shot"), "linear probe": results.get("linear_probe")}
-    if any(kinds.values()):
-        console.print(_classification({name: c for name, c in kinds.items() if c}))
+    measured = {name: classified for name, classified in kinds.items() if classified}
+    if measured:
+        console.print(_classification(measured))
+        console.print(_classes(measured))
     if results.get("curvature"):
         console.print(_curvature(results["curvature"]))
     for collection, skipped in results["skipped"].items():
         if skipped:
             counts = ", ".join(f"{n} {kind}" for kind, n in skipped.items())
             console.print(f"Skipped of the {collection}: {counts}")
-    console.print("Written: " + ", ".join(str(output / name) for name in files), soft_wrap=True)
+    console.print("Written:")
+    for name in files:
+        console.print(f"  {output / name}", soft_wrap=True)
 
 
-def _table(title: str, columns: Sequence[str]) -> "Table":
+def _table(title: str, *columns: str) -> Table:
     """A table whose first column is of words, the others of figures."""
-    from rich.table import Table
-
     table = Table(title=title)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
     return table
 
 
-def _retrieval(retrieval: Mapping[str, Any]) -> "Table":
+def _retrieval(retrieval: Mapping[str, Any]) -> Table:
     title = f"Retrieval among {retrieval['images']} images, {retrieval['texts']} captions"
-    table = _table(title, ["", "R@1", "R@5", "R@10", "mean rank", "median"])
+    table = _table(title, "", "R@1", "R@5", "R@10", "mean rank", "median")
     for direction, name in _DIRECTIONS.items():
         for suffix, figures in [("", retrieval["metrics"]), (", chance", retrieval["chance"])]:
             recalls = [f"{figures[f'{direction}_recall@{k}']:.1%}" for k in RECALLS]
@@ -57,31 +79,46 @@ def _retrieval(retrieval: Mapping[str, Any]) -> "Table":
     return table
 
 
-def _classification(kinds: Mapping[str, Mapping[str, Any]]) -> "Table":
-    images = " and ".join(dict.fromkeys(str(c["images"]) for c in kinds.values()))
-    number = next(iter(kinds.values()))["classes"]
-    columns = ["", "top-1", "top-5", "per class", "chance", "majority"]
-    table = _table(f"Classification of {images} images, {number} classes", columns)
+def _classification(kinds: Mapping[str, Mapping[str, Any]]) -> Table:
+    title = "Classification"
+    table = _table(
+        title, "", "images", "classes", "top-1", "top-5", "per class", "chance", "majority"
+    )
     for name, c in kinds.items():
         shares = [c[key] for key in ("top5", "mean_per_class", "chance", "majority")]
         cells = ["" if share is None else f"{share:.1%}" for share in shares]
-        table.add_row(name, f"{c['top1']:.1%} ± {c['stderr']:.1%}", *cells)
+        top1 = f"{c['top1']:.1%} ± {c['stderr']:.1%}"
+        table.add_row(name, str(c["images"]), str(c["classes"]), top1, *cells)
     return table
 
 
-def _curvature(towers: Mapping[str, Mapping[str, float]]) -> "Table":
-    table = _table("Hessian of the training loss", ["weights", "trace", "largest eigenvalue"])
+def _classes(kinds: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The accuracy in each class, the most frequent ones first."""
+    first = next(iter(kinds.values()))["per_class"]
+    largest = sorted(first, key=lambda label: -first[label]["images"])[:_CLASSES]
+    table = _table("Accuracy in each class", "class", "images", *kinds)
+    for label in largest:
+        found = [c["per_class"].get(label) for c in kinds.values()]
+        cells = ["" if of_class is None else f"{of_class['accuracy']:.1%}" for of_class in found]
+        table.add_row(label, str(first[label]["images"]), *cells)
+    if len(first) > len(largest):
+        table.caption = f"{len(first) - len(largest)} more classes are in results.json"
+    return table
+
+
+def _curvature(towers: Mapping[str, Mapping[str, float]]) -> Table:
+    table = _table("Hessian of the training loss", "weights", "trace", "largest eigenvalue")
     for name, c in towers.items():
-        trace = f"{c['trace']:.4g} ± {c['trace_stderr']:.2g}"
-        table.add_row(name, trace, f"{c['lambda_max']:.4g} ± {c['lambda_max_residual']:.2g}")
+        eigenvalue = with_error(c["lambda_max"], c["lambda_max_residual"])
+        table.add_row(name, with_error(c["trace"], c["trace_stderr"]), eigenvalue)
     return table
 
 
 def plot_retrieval(
     encoded: Encoded, pairs: Pairs, path: Path, *, queries: int = 8, found: int = 6
 ) -> None:
-    """Draw captions, evenly spaced over the collection, each with the images that score best for
-    it; right ones are framed."""
+    """Draw whole captions, evenly spaced over the collection, each with the images that score best
+    for it; right ones are framed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,12 +129,14 @@ def plot_retrieval(
     ranked = {row: best_images(encoded, row, found) for row in rows}
     wanted = {encoded.index[number] for numbers in ranked.values() for number in numbers}
     images = {i: read_image(pair.image) for i, pair in enumerate(pairs) if i in wanted}
+    captions = {row: textwrap.wrap(str(encoded.captions[row]), _LETTERS) for row in rows}
+    heights = [max(_INCH, _LINE * (len(lines) + 1)) for lines in captions.values()]
     figure, axes = plt.subplots(
         len(rows),
         found + 1,
-        figsize=(1.3 * (found + 2), 1.3 * len(rows)),
+        figsize=(_INCH * (found + 2), sum(heights) + 0.7),
         squeeze=False,
-        gridspec_kw={"width_ratios": [1.6] + [1] * found},
+        gridspec_kw={"width_ratios": [2] + [1] * found, "height_ratios": heights},
         layout="constrained",
     )
     for axis in axes.flat:
@@ -106,19 +145,19 @@ def plot_retrieval(
         for side in axis.spines.values():
             side.set_visible(False)
     for line, (row, numbers) in zip(axes, ranked.items(), strict=True):
-        caption = str(encoded.captions[row])
-        line[0].text(
-            0, 0.5, textwrap.fill(caption[:90], 22), parse_math=False, va="center", fontsize=8
-        )
+        text = "\n".join(captions[row])
+        line[0].text(0, 0.5, text, parse_math=False, va="center", fontsize=8)
         for axis, number in zip(line[1:], numbers, strict=False):
             axis.imshow(images[encoded.index[number]])
-            if encoded.captions[number] == caption:
+            if encoded.captions[number] == encoded.captions[row]:
                 for side in axis.spines.values():
                     side.set_visible(True)
                     side.set_color("C2")
                     side.set_linewidth(3)
     figure.suptitle(
-        f"Captions and the images found for them among {len(encoded)} pairs", fontsize=10
+        f"The {found} images that score best for each caption, of {len(encoded)}; best first.\n"
+        "Green frame: the caption's own image. No frame in a row: it is not among them.",
+        fontsize=10,
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)

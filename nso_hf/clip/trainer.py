@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import CoCa
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -20,7 +19,7 @@ from nso_hf.clip.arguments import CLIPConfig
 from nso_hf.clip.encoding import encode
 from nso_hf.clip.logit_scale import groups_of_logit_scale, keep_logit_scale_in_bounds
 from nso_hf.clip.loss import contrastive_loss, loss_of
-from nso_hf.clip.models import ClipModel
+from nso_hf.clip.models import ClipModel, is_coca
 from nso_hf.clip.pairs import Pairs
 from nso_hf.clip.retrieval import METRICS, retrieval
 from nso_hf.clip.stream import PairStream
@@ -119,7 +118,7 @@ class CLIPTrainer(NSOTrainer):
             raise refusal("metric_for_best_model", best, "unknown", f"Use {', '.join(known)}")
         for option in ("coca_caption_weight", "coca_contrastive_weight"):
             is_default = getattr(args, option) == getattr(CLIPConfig, option)
-            if not is_default and not isinstance(self.clip.model, CoCa):
+            if not is_default and not is_coca(self.clip.model):
                 rule = f"{type(self.clip.model).__name__} has no caption loss"
                 raise refusal(option, getattr(args, option), rule, "Leave it out")
 
