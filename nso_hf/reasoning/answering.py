@@ -1,10 +1,9 @@
 """Questions answered by a model, greedily, dealt over the processes."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -46,10 +45,12 @@ def answer_questions(
     mine: dict[str, Answered] = {}
     try:
         with _greedy(model, prompt_format, max_new_tokens) as stop_tokens:
-            one_length = not _heeds_padding(model, prompt_format, list(prompts.values()))
             # No larger than lets every process have a batch.
             size = min(batch_size, math.ceil(len(prompts) / accelerator.num_processes))
-            batches = _batches(prompts, size, one_length=one_length)
+            if not _heeds_padding(model, prompt_format, list(prompts.values())):
+                size = 1  # in batches of one length RWKV mixes the questions up (transformers 5.24)
+            by_length = sorted(prompts, key=lambda question: len(prompts[question]))
+            batches = [by_length[start : start + size] for start in range(0, len(prompts), size)]
             dealt = batches[accelerator.process_index :: accelerator.num_processes]
             # The same number for each: where weights are sharded, all take part in every pass.
             dealt += batches[: math.ceil(len(batches) / accelerator.num_processes) - len(dealt)]
@@ -124,20 +125,3 @@ def _heeds_padding(
     )
     first, second = output.logits[0].float().softmax(-1)
     return torch.allclose(first, second, rtol=1e-3, atol=1e-7)
-
-
-def _batches(
-    prompts: Mapping[str, list[int]], size: int, *, one_length: bool
-) -> list[tuple[str, ...]]:
-    """The questions in batches of prompts of like lengths, or of the same."""
-
-    def length(question: str) -> int:
-        return len(prompts[question])
-
-    questions = sorted(prompts, key=length)
-    groups = [list(group) for _, group in groupby(questions, length)] if one_length else [questions]
-    return [
-        tuple(group[start : start + size])
-        for group in groups
-        for start in range(0, len(group), size)
-    ]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nso_hf.refusal import refusal
+from nso_hf.refusal import Refusal, refusal
 from nso_hf.tables import SUFFIXES, is_table, rows
 
 Row = Mapping[str, Any]
@@ -55,19 +55,26 @@ def _on_the_hub(dataset: str, split: str, config: str | None) -> list[Source] | 
             return None
         return [(dataset, load_dataset(dataset, config, split=split))]
     except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         cure = "Check the id, --dataset_config and the network, or give a local path"
-        raise refusal("dataset", dataset, reason, cure) from error
+        raise _unreadable(dataset, error, cure) from error
 
 
 def _saved(path: Path, split: str) -> list[Source] | None:
     """What `save_to_disk` of the `datasets` library wrote: splits, or one alone."""
     from datasets import Dataset, load_from_disk
 
-    found = load_from_disk(str(path))
+    try:
+        found = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error, "Save it again, or give a file of it") from error
     if isinstance(found, Dataset):
         return [(str(path), found)] if split == "train" else None
     return [(str(path), found[split])] if split in found else None
+
+
+def _unreadable(dataset: str | Path, error: Exception, cure: str) -> Refusal:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return refusal("dataset", str(dataset), reason, cure)
 
 
 def _files(path: Path, config: str | None, usual_config: str | None) -> dict[str, list[Path]]:
@@ -124,9 +131,13 @@ def _by_split(tables: list[Path]) -> dict[str, list[Path]]:
 
 def _card(path: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
+    from yaml import YAMLError
 
     card = path / "README.md"
-    return (metadata_load(card) if card.is_file() else None) or {}
+    try:
+        return (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, YAMLError) as error:
+        raise _unreadable(card, error, "Mend its header, or remove the file") from error
 
 
 def _files_of_card(
@@ -140,8 +151,7 @@ def _files_of_card(
     try:
         builder = load_dataset_builder(str(path), wanted)
     except (OSError, ValueError) as error:  # a file that is not there, a name that is not
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         cure = f"Set --dataset_config to one of {', '.join(names)}, and check README.md"
-        raise refusal("dataset", str(path), reason, cure) from error
+        raise _unreadable(path, error, cure) from error
     found = builder.config.data_files
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
