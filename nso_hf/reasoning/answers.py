@@ -1,64 +1,15 @@
 """Reading an answer out of generated text and comparing it with the right one."""
 
 import re
+import unicodedata
 from dataclasses import dataclass
-from fractions import Fraction
+
+from nso_hf.reasoning.notation import boxed, is_word_character, plain
+from nso_hf.reasoning.quantities import from_last_number, numbers, quantity
+from nso_hf.refusal import refusal
 
 MARKER = "-->"
 """What stands between a rationale and the answer."""
-
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
-_MOST_DIGITS = 100  # more are a model's stammer, not a number
-
-
-def numbers(text: str) -> list[Fraction]:
-    """The numbers of a text in their order: thousands separators, decimals and a/b are read as one
-    number."""
-    found = []
-    # A minus sign belongs to the number unless something is subtracted from: 3-4 is 3 and 4.
-    text = text.replace("\N{MINUS SIGN}", "-")
-    for match in _NUMBER.finditer(text):
-        if len(match.group()) > _MOST_DIGITS:
-            continue
-        digits = match.group().replace(",", "")
-        before = text[: match.start()].rstrip()
-        if digits.startswith("-") and before and (before[-1].isdigit() or before[-1] == ")"):
-            digits = digits[1:]
-        numerator, _, denominator = digits.partition("/")
-        if denominator and int(denominator) == 0:
-            continue
-        found.append(Fraction(numerator) / Fraction(denominator or 1))
-    return found
-
-
-def is_numeric(answer: str) -> bool:
-    """Whether an answer is one number, such as "-4", "1,200", "$3.50" or "3/4"."""
-    number = answer.strip().lstrip("$").rstrip(".%").replace("\N{MINUS SIGN}", "-")
-    return _NUMBER.fullmatch(number) is not None and len(numbers(number)) == 1
-
-
-_WORD = re.compile(r"-?\d+(?:\.\d+)?|\w+")
-_SYMBOL = re.compile(r"""[^\w\s.,;:!?'"()-]""")
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
-
-
-def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous white space: "(B)" -> "b"."""
-    words = _words(text)
-    return " ".join(word for word in words if word not in ("a", "an", "the") or len(words) == 1)
-
-
-def _compare(prediction: str, text: str, answer: str) -> tuple[bool, bool]:
-    """Whether the prediction equals the answer, and whether the text contains it."""
-    if _SYMBOL.search(answer) or not _words(answer):  # in [-1, 2] or x + y symbols carry meaning
-        same, inside, wanted = ("".join(s.lower().split()) for s in (prediction, text, answer))
-        return same == wanted, wanted in inside
-    # Contained with its articles, since "A" may be the answer.
-    contained = f" {' '.join(_words(answer))} " in f" {' '.join(_words(text))} "
-    return normalise(prediction) == normalise(answer), contained
 
 
 @dataclass(frozen=True)
@@ -67,34 +18,120 @@ class Judgement:
 
     prediction: str
     correct: bool
-    """The prediction equals the answer: as a number where the answer is one, else as a normalised
-    string, or to white space and case where the answer has symbols."""
+    """The prediction is the answer: the same number, with no other unit, or the same text."""
     contains_answer: bool
     """The answer stands somewhere in the text."""
     correct_format: bool
-    """There is one marker, and something after it."""
+    """There is a marker, and the last one has an answer after it."""
 
 
 def judge(text: str, answer: str) -> Judgement:
     """Compare a generated text with the right answer.
 
-    The prediction is what follows the marker, to the end of the line. Where there is no marker, so
-    that a model that was never taught it gets its due, it is the last number (numeric answers) or
-    the last line.
+    The prediction is what follows the last marker: its first line, or as many as the answer has.
+    Where there is no marker, so that a model that was never taught it gets its due, it is the last
+    \\boxed{...}, else the last number (numeric answers), else the last lines. A number must be the
+    only one of its line: "5 or 6" is wrong for either.
+
+    Raises:
+        ValueError: the answer is no text.
     """
-    _, marker, after = text.partition(MARKER)
-    prediction = next((line.strip() for line in after.splitlines() if line.strip()), "")
-    correct_format = bool(prediction) and MARKER not in after
-    if is_numeric(answer):
-        right = numbers(answer.strip().lstrip("$"))[0]
-        found = numbers(prediction if marker else text)
-        correct = bool(found) and found[0 if marker else -1] == right
-        contains = right in numbers(text)
-        if not marker:
-            prediction = str(found[-1]) if found else ""
+    if not isinstance(answer, str):
+        raise refusal("answer", answer, "a right answer is a text", "Write it as one")
+    right = _lines(answer)
+    number = quantity(answer) if len(right) == 1 else None
+    # The answer may hold the marker itself.
+    _, *after = text.rsplit(MARKER, answer.count(MARKER) + 1)
+    marked = len(after) > answer.count(MARKER)
+    if marked:
+        predicted = _block(MARKER.join(after), len(right))
+    elif (box := boxed(text)) is not None:
+        predicted = _lines(box)
+    elif number:
+        predicted = _lines(from_last_number(text))
     else:
-        lines = text.strip().splitlines()
-        if not marker:
-            prediction = lines[-1].strip() if lines else ""
-        correct, contains = _compare(prediction, text, answer)
-    return Judgement(prediction, correct, contains, correct_format)
+        predicted = _lines(text)[-len(right) :] if right else []
+    correct = len(predicted) == len(right) and all(map(_same, predicted, right))
+    if number:
+        contains = number.value in numbers(text.replace(MARKER, " "))
+    else:
+        contains = _contains(normalise(text), normalise(answer))
+    formatted = marked and (bool(predicted) or not right)
+    return Judgement("\n".join(predicted), correct, correct or contains, formatted)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _block(text: str, count: int) -> list[str]:
+    """The first `count` lines that are not blank; where several are wanted, with the next line too
+    if it follows at once: a grid with a row more is another grid."""
+    lines = text.splitlines()
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    wanted = filled[: max(count, 1)]
+    if count > 1 and len(filled) > count and filled[count] == wanted[-1] + 1:
+        wanted = filled[: count + 1]
+    return [lines[i].strip() for i in wanted]
+
+
+_LEAD_IN = re.compile(r"\banswer(?: is|:| is:)\s", re.IGNORECASE)
+
+
+def _same(prediction: str, answer: str) -> bool:
+    """Whether one line of a prediction is that line of the answer."""
+    if normalise(prediction) == normalise(answer):
+        return True
+    inside = boxed(prediction)
+    prediction = _LEAD_IN.split(prediction if inside is None else inside)[-1]
+    inside = boxed(answer)
+    answer = answer if inside is None else inside
+    number = quantity(answer)
+    if number:
+        return number.is_stated_by(prediction)
+    return normalise(prediction) == normalise(answer)
+
+
+_ARTICLE = re.compile(r"^(?:a|an|the) (?=\w\S)", re.IGNORECASE)
+_QUOTED = re.compile(r"([\"'])([^\"']+)\1")
+_BRACKETED = re.compile(r"(?<![\w)\]}])\((\w+)\)(?!\w)")
+_ENDS = ".,;:?\u3002\u0964"  # of Chinese and of Hindi sentences too
+
+
+def normalise(text: str) -> str:
+    """One writing of a text: plain characters, no case, no leading article, no quotes or full stop
+    around it, no white space beside symbols: "(B)." -> "b", "x + 1" -> "x+1"."""
+    text = " ".join(plain(text).split())
+    bare = text.rstrip(_ENDS)
+    shouted = bare.rstrip("!")
+    bare = bare if shouted[-1:].isdigit() else shouted  # 5! is another number
+    if bare and (is_word_character(bare[-1]) or bare[-1] in ")]}\"'"):
+        text = bare
+    quoted = _QUOTED.fullmatch(text)
+    text = _BRACKETED.sub(r"\1", _ARTICLE.sub("", quoted[2] if quoted else text))
+    text = unicodedata.normalize("NFKC", text.casefold()).replace("i\u0307", "i")
+    return _without_spaces_beside_symbols(text)
+
+
+def _without_spaces_beside_symbols(text: str) -> str:
+    kept = []
+    for i, character in enumerate(text):
+        beside = text[i - 1 : i] + text[i + 1 : i + 2]
+        if character != " " or all(map(is_word_character, beside)):
+            kept.append(character)
+    return "".join(kept)
+
+
+def _contains(text: str, part: str) -> bool:
+    """Whether a text holds another that does not begin or end within a word."""
+    start = text.find(part)
+    while part and start >= 0:
+        before, end = text[max(0, start - 1) : start], start + len(part)
+        after = text[end : end + 1]
+        within = (before and is_word_character(before) and is_word_character(part[0])) or (
+            after and is_word_character(after) and is_word_character(part[-1])
+        )
+        if not within:
+            return True
+        start = text.find(part, start + 1)
+    return False

@@ -72,7 +72,7 @@ def test_generated_rationales_lead_to_the_answer(task, options):
     """The last number of each rationale is the answer, and each equation in it holds."""
     import re
 
-    from nso_hf.reasoning.answers import numbers
+    from nso_hf.reasoning.quantities import numbers
 
     assert task in RATIONALES
     examples = generate_examples(task, 50, 7, **options)
