@@ -220,7 +220,8 @@ def _json_values(text: str, refuse: _Refuse, line: int = 1) -> Iterator[Any]:
             yield value
             position = end
     except json.JSONDecodeError as error:
-        rule = f"line {line + error.lineno - 1} is not JSON ({error.msg} at column {error.colno})"
+        number, cause = line + error.lineno - 1, error.msg.removesuffix(" at")
+        rule = f"line {number} is not JSON ({cause} at column {error.colno})"
         cure = "Check that it is whole; write .jsonl as one object in each line"
         raise refuse(rule, cure) from error
     except UnicodeEncodeError as error:

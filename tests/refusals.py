@@ -410,7 +410,23 @@ RECIPE: dict[str, Callable[[Path], object]] = {
     "no such model": recipe("--model_name_or_path", "{folder}/none"),
     "no such package": recipe("--model_name_or_path", "package:not_installed"),
     "no such file": recipe("--dataset", "{folder}/none.jsonl"),
-    "folder without data": recipe("--dataset", "{folder}/model/..", write={"x.txt": ""}),
+    "folder without data": recipe("--dataset", "{folder}/x", write={"x/x.txt": ""}),
+    "file with a broken quote": recipe(
+        "--dataset", "{folder}/q.csv", write={"q.csv": 'question,answer\n"1 + 1,2\n2 + 2,4\n'}
+    ),
+    "file with a comma too many": recipe(
+        "--dataset", "{folder}/q.csv", write={"q.csv": "question,answer\n1, 2 or 3?,2\n"}
+    ),
+    "file that was cut off": recipe(
+        "--dataset", "{folder}/q.jsonl", write={"q.jsonl": '{"question": "1 + 1'}
+    ),
+    "file without rows": recipe("--dataset", "{folder}/q.csv", write={"q.csv": ""}),
+    "answer that is null": recipe(
+        "--dataset", "{folder}/q.jsonl", write={"q.jsonl": '{"question": "1?", "answer": null}'}
+    ),
+    "shards that are missing": recipe(
+        "--dataset", "{folder}/copy", write={"copy/data/train-00000-of-00002.jsonl": "{}"}
+    ),
     "no such column": recipe("--question_column", "problem"),
     "not the preset's format": recipe("--preset", "gsm8k"),
     "no rationales": recipe(
