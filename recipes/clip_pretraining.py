@@ -146,6 +146,7 @@ def pretrain(
     clip.check_tokens()
     weights = [(n, p.shape, p.flatten()[:8].tolist()) for n, p in clip.model.named_parameters()]
     tokens = clip.tokenizer(["A photo of 2 cats."]).tolist()
+    recorded.check("model", model_options.model, "architecture", fingerprint([clip.config]))
     recorded.check("model", model_options.model, "weights", fingerprint(weights))
     recorded.check("model", model_options.model, "tokenizer", fingerprint(tokens))
     stream = PairStream(

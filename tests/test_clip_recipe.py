@@ -1,16 +1,23 @@
 """The CLIP recipe from its command line to its files, on tiny models and shards."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from nso_hf.clip.pairs import read_image
+from nso_hf.clip.encoding import Encoded
+from nso_hf.clip.pairs import Fields, read_image
+from nso_hf.clip.report import plot_retrieval
+from nso_hf.clip.table import Table
 from recipes.clip_pretraining import OPTIONS, main
-from tests.clip.test_pairs import BROKEN, shards, write_shard
+from tests.clip.test_pairs import BROKEN, png, shards, write_shard
 from tests.distributed.launch import torchrun
 from tests.refusals import SMALL_CLIP
 
@@ -161,6 +168,141 @@ def test_resume_is_the_uninterrupted_run(tmp_path, interrupt_at):
     assert whole["retrieval"] == part["retrieval"]
 
 
+def test_going_on_with_something_else(tmp_path, capsys):
+    """Another sigma is printed and kept; other data, another model or another loss are refused."""
+    out, model = tmp_path / "out", tmp_path / "small.json"
+    main(flags(tmp_path, out, save_strategy="steps", save_steps=2, max_steps=2))
+    results = (out / "results.json").read_text(encoding="utf-8")
+    options = {"save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": "last"}
+    refused = {
+        "siglip=True: this run began with False": {"siglip": "true"},
+        "lock_text=True: this run began with False": {"lock_text": "true"},
+        "optim='adafactor': this run began with": {"optim": "adafactor"},
+        "caption_column='kind': this run began with": {"caption_column": "kind"},
+    }
+    for message, changed in refused.items():
+        with pytest.raises(ValueError, match=message):
+            main(flags(tmp_path, out, **(options | changed)))
+    # The same names, which stand for something else by now.
+    same = flags(tmp_path, out, **options)
+    model.write_text(json.dumps(SMALL_CLIP | {"quick_gelu": True}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model=.*small.json': not the architecture that this"):
+        main(same)
+    same = flags(tmp_path, out, **options)
+    write_shard(tmp_path / "s-000.tar", BROKEN)
+    with pytest.raises(ValueError, match=r"train_data=.*: not the training pairs that this run"):
+        main(same)
+    assert (out / "results.json").read_text(encoding="utf-8") == results  # nothing is lost
+    capsys.readouterr()
+    main(flags(tmp_path, out, **options, sigma=0.5, curvature_samples=3))
+    changes = "curvature_samples 20 -> 3; max_steps 2 -> 4; sigma 0.02 -> 0.5"
+    shown = capsys.readouterr().out
+    assert all(change in shown for change in changes.split("; ")), shown
+    kept = results_of(out)["options"]
+    assert kept[0]["options"]["sigma"] == 0.02 and kept[0]["options"]["siglip"] is False
+    changed = {"max_steps": 4, "sigma": 0.5, "curvature_samples": 3}
+    assert kept[1:] == [{"from_step": 2, "options": changed}]
+
+
+def without(package, *flags):
+    """The recipe where this package is not installed."""
+    program = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv[0] = 'recipe'; "
+    program += "runpy.run_path('recipes/clip_pretraining.py', run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_and_refusals_do_not_need_the_extra(tmp_path):
+    helped = without("open_clip", "--help")
+    assert helped.returncode == 0 and "--siglip" in helped.stdout and "--sigma" in helped.stdout
+    required = ["--model", "ViT-S-16", "--train_data", "x.tar", "--output_dir", tmp_path / "out"]
+    required += ["--use_cpu", "true"]
+    for wrong, line in {
+        ("--templates", "imagenet"): "error: templates='imagenet': unknown, and no such file. Use "
+        "openai, simple, name, or the path of a text file.",
+        (): "error: clip_pretraining.py needs open_clip: run pip install 'nso_hf[clip]'",
+    }.items():
+        refused = without("open_clip", *required, *wrong)
+        assert refused.returncode == 1 and refused.stderr.splitlines() == [line]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_picture_of_retrieval_holds_captions_and_says_what_frames_mean(tmp_path, monkeypatch):
+    captions = ["a dog", "W" * 90, "a long caption that goes on " * 12, "$x_1$ of <b>", "é", "_ _"]
+    rows = [{"image": png(i), "caption": caption} for i, caption in enumerate(captions)]
+    pairs = Table("rows", rows, Fields("image", "caption"), None)
+    features = torch.eye(len(rows)).roll(1, dims=0)  # the right image is among those that are found
+    encoded = Encoded(
+        images=features,
+        texts=features,
+        keys=[pair.key for pair in pairs],
+        captions=captions,
+        labels=[None] * len(rows),
+        index=list(range(len(rows))),
+        loss=0.0,
+    )
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    plot_retrieval(encoded, pairs, tmp_path / "x.png", found=4)
+    figure = drawn[0]
+    figure.canvas.draw()
+    assert "4 images" in figure.get_suptitle() and "Green frame" in figure.get_suptitle()
+    texts = [text for axis in figure.axes for text in axis.texts]
+    shown = ["".join(text.get_text().split()) for text in texts]
+    assert shown == ["".join(caption.split()) for caption in captions]
+    boxes = [text.get_window_extent() for text in texts]
+    boxes += [axis.get_window_extent() for axis in figure.axes if axis.images]
+    boxes.append(figure._suptitle.get_window_extent())
+    for number, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert not any(box.overlaps(other) for other in boxes[:number])
+    framed = [a for a in figure.axes if a.images and a.spines["top"].get_visible()]
+    assert len(framed) == len(rows)
+
+
+def test_the_report_fits_a_terminal_and_survives_one_of_ascii(tmp_path):
+    """Names are shown as they are, figures in full, in 80 columns."""
+    names = ["[red]cat[/red]", ":dog:", *(f"class {n}" for n in range(30))]
+    per_class = {name: {"images": 40 - n, "accuracy": 0.5} for n, name in enumerate(names)}
+    shares = {"top1": 0.123, "top5": 0.567, "mean_per_class": 0.1, "chance": 1 / 32}
+    shares |= {"majority": 40 / 784, "stderr": 0.0117}
+    classified = {**shares, "classes": 32, "images": 1234, "per_class": per_class}
+    metrics = {f"{a}_to_{b}": 0.25 for a, b in [("image", "text"), ("text", "image")]}
+    recalls = {f"{way}_recall@{k}": 0.25 for way in metrics for k in (1, 5, 10)}
+    ranks = {f"{way}_{kind}_rank": 1234.5 for way in metrics for kind in ("mean", "median")}
+    retrieval = {"images": 9, "texts": 9, "metrics": recalls | ranks, "chance": recalls}
+    results = {"log": [], "skipped": {}, "zero_shot": classified, "linear_probe": classified}
+    results["retrieval"] = retrieval
+    program = "import json, sys; from pathlib import Path\n"
+    program += "from nso_hf.clip.report import report; from nso_hf.command_line import run\n"
+    program += "run(lambda: report(json.load(sys.stdin), Path(sys.argv[1]), None, None))"
+    printed = {}
+    for encoding in ("ascii", "utf-8"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            input=json.dumps(results).encode(),
+            capture_output=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONIOENCODING": encoding, "COLUMNS": "80"},
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        printed[encoding] = done.stdout.decode(encoding)
+    tables = printed["utf-8"].partition("Written:")[0]
+    for words in ("[red]cat[/red]", ":dog:", "12.3 ± 1.2", "image → text", "56.7", "3.1", "5.1"):
+        assert words in tables
+    assert "…" not in tables and "12 more classes are in results.json" in tables
+    assert "12.3 \\xb1 1.2" in printed["ascii"] and "image \\u2192 text" in printed["ascii"]
+
+
 def test_an_interrupt_of_the_measurements_loses_none_of_the_training(tmp_path, monkeypatch):
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
     main(flags(tmp_path, tmp_path / "whole", **saving))
@@ -220,6 +362,9 @@ def test_the_embedded_emoji(tmp_path):
 
     train, test = openmoji_pairs("train"), openmoji_pairs("test")
     assert len(train) > 1500 and len(test) > 350
+    labelled = openmoji_pairs("test", labelled=True)
+    shown = [pair.caption for pair in test if pair.label is not None]
+    assert [pair.caption for pair in labelled] == shown and len(shown) < len(test)
     concepts = [{_concept(pair.caption) for pair in pairs} for pairs in (train, test)]
     assert concepts[0].isdisjoint(concepts[1])
     assert len({label for label in test.labels() if label}) >= 8

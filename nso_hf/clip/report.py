@@ -26,7 +26,7 @@ TITLES = {
 
 _DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 _CLASSES = 20  # in the table of them
-_LETTERS = 36  # in a line of a caption
+_LETTERS = 34  # in a line of a caption, all of them equally wide
 _INCH, _LINE = 1.3, 0.16  # of an image, and of a line of text
 
 
@@ -40,7 +40,7 @@ def report(
     if encoded is not None and held_out is not None:
         plot_retrieval(encoded, held_out, output / "retrieval.png")
         files.insert(2, "retrieval.png")
-    console = Console()
+    console = Console(markup=False, emoji=False)  # classes are shown as they are written
     if results.get("retrieval"):
         console.print(_retrieval(results["retrieval"]))
     kinds = {"zero-shot": results.get("zero_shot"), "linear probe": results.get("linear_probe")}
@@ -68,11 +68,11 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _retrieval(retrieval: Mapping[str, Any]) -> Table:
-    title = f"Retrieval among {retrieval['images']} images, {retrieval['texts']} captions"
+    title = f"Retrieval among {retrieval['images']} images, {retrieval['texts']} captions; R@k in %"
     table = _table(title, "", "R@1", "R@5", "R@10", "mean rank", "median")
     for direction, name in _DIRECTIONS.items():
         for suffix, figures in [("", retrieval["metrics"]), (", chance", retrieval["chance"])]:
-            recalls = [f"{figures[f'{direction}_recall@{k}']:.1%}" for k in RECALLS]
+            recalls = [_percent(figures[f"{direction}_recall@{k}"]) for k in RECALLS]
             ranks = [figures.get(f"{direction}_{kind}_rank") for kind in ("mean", "median")]
             cells = ["" if rank is None else f"{rank:.1f}" for rank in ranks]
             table.add_row(name + suffix, *recalls, *cells)
@@ -80,30 +80,33 @@ def _retrieval(retrieval: Mapping[str, Any]) -> Table:
 
 
 def _classification(kinds: Mapping[str, Mapping[str, Any]]) -> Table:
-    title = "Classification"
-    table = _table(
-        title, "", "images", "classes", "top-1", "top-5", "per class", "chance", "majority"
-    )
+    table = _table("Classification, %", "", "top-1", "top-5", "per class", "chance", "majority")
     for name, c in kinds.items():
-        shares = [c[key] for key in ("top5", "mean_per_class", "chance", "majority")]
-        cells = ["" if share is None else f"{share:.1%}" for share in shares]
-        top1 = f"{c['top1']:.1%} ± {c['stderr']:.1%}"
-        table.add_row(name, str(c["images"]), str(c["classes"]), top1, *cells)
+        cells = [_percent(c[key]) for key in ("top5", "mean_per_class", "chance", "majority")]
+        top1 = with_error(100 * c["top1"], 100 * c["stderr"])
+        table.add_row(f"{name}, {c['images']} images of {c['classes']} classes", top1, *cells)
     return table
 
 
 def _classes(kinds: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The accuracy in each class, the most frequent ones first."""
-    first = next(iter(kinds.values()))["per_class"]
+    """The accuracy in each class, the most frequent ones first, beside that of blind guesses."""
+    per_class = {name: c["per_class"] for name, c in kinds.items()}
+    first = next(iter(per_class.values()))
     largest = sorted(first, key=lambda label: -first[label]["images"])[:_CLASSES]
-    table = _table("Accuracy in each class", "class", "images", *kinds)
+    table = _table("Accuracy in each class, %", "class", "images", *kinds)
     for label in largest:
-        found = [c["per_class"].get(label) for c in kinds.values()]
-        cells = ["" if of_class is None else f"{of_class['accuracy']:.1%}" for of_class in found]
-        table.add_row(label, str(first[label]["images"]), *cells)
+        found = [classes.get(label, {}).get("accuracy") for classes in per_class.values()]
+        table.add_row(label, str(first[label]["images"]), *map(_percent, found))
+    table.add_section()
+    for name, key in {"chance": "chance", "always the largest class": "majority"}.items():
+        table.add_row(name, "", *(_percent(c[key]) for c in kinds.values()))
     if len(first) > len(largest):
         table.caption = f"{len(first) - len(largest)} more classes are in results.json"
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _curvature(towers: Mapping[str, Mapping[str, float]]) -> Table:
@@ -124,6 +127,7 @@ def plot_retrieval(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    found = min(found, len(encoded))
     step = max(1, len(encoded) // queries)
     rows = list(range(step // 2, len(encoded), step))[:queries]
     ranked = {row: best_images(encoded, row, found) for row in rows}
@@ -146,7 +150,7 @@ def plot_retrieval(
             side.set_visible(False)
     for line, (row, numbers) in zip(axes, ranked.items(), strict=True):
         text = "\n".join(captions[row])
-        line[0].text(0, 0.5, text, parse_math=False, va="center", fontsize=8)
+        line[0].text(0, 0.5, text, parse_math=False, va="center", family="monospace", size=8)
         for axis, number in zip(line[1:], numbers, strict=False):
             axis.imshow(images[encoded.index[number]])
             if encoded.captions[number] == encoded.captions[row]:
