@@ -139,6 +139,7 @@ def plot_retrieval(
         len(rows),
         found + 1,
         figsize=(_INCH * (found + 2), sum(heights) + 0.7),
+        dpi=120,
         squeeze=False,
         gridspec_kw={"width_ratios": [2] + [1] * found, "height_ratios": heights},
         layout="constrained",
@@ -163,5 +164,5 @@ def plot_retrieval(
         "Green frame: the caption's own image. No frame in a row: it is not among them.",
         fontsize=10,
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     plt.close(figure)
