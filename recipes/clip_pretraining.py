@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ from nso_hf.recorded_options import RecordedOptions, fingerprint
 from nso_hf.refusal import Refusal, needs, refusal
 
 if TYPE_CHECKING:
+    from nso_hf.clip.encoding import Encoded
+    from nso_hf.clip.models import ClipModel
     from nso_hf.clip.pairs import Pairs
     from nso_hf.clip.trainer import CLIPTrainer
 
@@ -89,6 +91,106 @@ def named(option: str) -> Iterator[None]:
         raise Refusal(re.sub(r"^(data|labels)=", f"{option}=", str(error))) from error
 
 
+@dataclass(frozen=True)
+class Collections:
+    """What is trained on and what is evaluated on."""
+
+    train: "Pairs"
+    held_out: "Pairs | None"
+    labelled: "Pairs | None"
+    classes: list[str]
+    """Those that occur, sorted."""
+    names: dict[str, str]
+    """Class -> its name in prompts, of all that images are told apart from."""
+
+    @property
+    def by_name(self) -> "dict[str, Pairs]":
+        named = {
+            "training pairs, over all passes": self.train,
+            "held-out pairs": self.held_out,
+            "images with classes": self.labelled,
+        }
+        return {name: pairs for name, pairs in named.items() if pairs is not None}
+
+
+def open_collections(
+    data: DataOptions, evaluation: EvaluationOptions, recorded: RecordedOptions
+) -> Collections:
+    """Open what the options name; refuse what cannot be trained on, or evaluated on."""
+    from nso_hf.clip.classification import check_probe, class_names
+    from nso_hf.clip.stream import check_usable
+
+    held_out = labelled = None
+    classes: list[str] = []
+    names: dict[str, str] = {}
+    with named("train_data"):
+        train = data.open(data.train_data, data.train_split, data.train_num_pairs, labels=False)
+        check_usable(train)
+    recorded.check("train_data", data.train_data, "training pairs", train.digest())
+    if data.eval_data is not None:
+        with named("eval_data"):
+            held_out = data.open(data.eval_data, data.eval_split, labels=False)
+            check_usable(held_out)
+        recorded.check("eval_data", data.eval_data, "held-out pairs", held_out.digest())
+    if data.zero_shot_data is not None:
+        with named("zero_shot_data"):
+            labelled = data.open(data.zero_shot_data, data.zero_shot_split, labels=True)
+            labels = labelled.labels()
+            names = evaluation.names([*labelled.classes, *filter(None, labels)])
+            classes = class_names(labels, data.zero_shot_data, names)
+            if evaluation.linear_probe:
+                check_probe(labels)
+            check_usable(labelled, "label")
+    return Collections(train, held_out, labelled, classes, names)
+
+
+def load_model(options: ModelOptions, data: DataOptions, recorded: RecordedOptions) -> "ClipModel":
+    """The model; refused where it is not the one that the run began with."""
+    clip = options.load(data.augmentation if isinstance(data.augmentation, dict) else None)
+    clip.check_tokens()
+    weights = [(n, p.shape, p.flatten()[:8].tolist()) for n, p in clip.model.named_parameters()]
+    tokens = clip.tokenizer(["A photo of 2 cats."]).tolist()
+    facts: dict[str, list[Any]] = {
+        "architecture": [clip.config],
+        "weights": weights,
+        "tokenizer": tokens,
+    }
+    for what, items in facts.items():
+        recorded.check("model", options.model, what, fingerprint(items))
+    return clip
+
+
+def found_among(trainer: "CLIPTrainer", encoded: "Encoded") -> dict[str, Any]:
+    """What results.json has on the retrieval of held-out pairs."""
+    from nso_hf.clip.retrieval import retrieval
+
+    found = retrieval(encoded, trainer.args.device)
+    texts, images = found.candidates
+    counts = {"images": images, "texts": texts}
+    figures = counts | {"metrics": found.metrics, "chance": found.chance}
+    return {"validation_loss": encoded.loss, "retrieval": figures}
+
+
+def measured(
+    trainer: "CLIPTrainer", collections: Collections, options: EvaluationOptions
+) -> Iterator[dict[str, Any]]:
+    """What results.json has on classification and curvature, one after another."""
+    from nso_hf.clip.classification import linear_probe, zero_shot
+
+    if collections.labelled is not None:
+        encoded = trainer.encode(collections.labelled, needs="label")
+        classes, names = list(collections.names), list(collections.names.values())
+        model, prompts, device = trainer.module, options.prompts, trainer.args.device
+        accuracy, _ = zero_shot(
+            model, trainer.clip, encoded, classes, prompts, names, device=device
+        )
+        yield {"zero_shot": asdict(accuracy)}
+        if options.linear_probe:
+            yield {"linear_probe": asdict(linear_probe(encoded, collections.classes))}
+    if options.curvature:
+        yield {"curvature": measure_curvature(trainer, collections.train, options)}
+
+
 def main(argv: list[str] | None = None) -> None:
     options = RecipeParser(OPTIONS, description=__doc__.split("\n")[0]).parse(argv)
     needs("clip_pretraining.py", "clip", *PACKAGES)
@@ -99,11 +201,9 @@ def pretrain(
     model_options: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, args: CLIPConfig
 ) -> None:
     """From data to results, for options that were read without these packages."""
-    from nso_hf.clip.classification import check_probe, class_names, linear_probe, zero_shot
-    from nso_hf.clip.encoding import Encoded, encode
     from nso_hf.clip.report import report
-    from nso_hf.clip.retrieval import METRICS, retrieval
-    from nso_hf.clip.stream import PairStream, check_usable
+    from nso_hf.clip.retrieval import METRICS
+    from nso_hf.clip.stream import PairStream
     from nso_hf.clip.trainer import CLIPTrainer
 
     check_ready(args, ["loss", *METRICS])
@@ -116,44 +216,19 @@ def pretrain(
         raise refusal("eval_strategy", value, "nothing to evaluate on", "Set --eval_data")
     if evaluation.linear_probe and data.zero_shot_data is None:
         raise refusal("linear_probe", True, "needs images with classes", "Set --zero_shot_data")
-    held_out = labelled = None
-    classes: list[str] = []
-    names: dict[str, str] = {}
     with args.main_process_first():
-        with named("train_data"):
-            train = data.open(data.train_data, data.train_split, data.train_num_pairs, labels=False)
-            check_usable(train)
-        recorded.check("train_data", data.train_data, "training pairs", train.digest())
-        if data.eval_data is not None:
-            with named("eval_data"):
-                held_out = data.open(data.eval_data, data.eval_split, labels=False)
-                check_usable(held_out)
-            recorded.check("eval_data", data.eval_data, "held-out pairs", held_out.digest())
-        if data.zero_shot_data is not None:
-            with named("zero_shot_data"):
-                labelled = data.open(data.zero_shot_data, data.zero_shot_split, labels=True)
-                labels = labelled.labels()
-                names = evaluation.names([*labelled.classes, *filter(None, labels)])
-                classes = class_names(labels, data.zero_shot_data, names)
-                if evaluation.linear_probe:
-                    check_probe(labels)
-                check_usable(labelled, "label")
-    batch = args.per_device_train_batch_size
-    if evaluation.curvature and evaluation.curvature_batches > len(train) // batch:
-        rule = f"{len(train)} training pairs make {len(train) // batch} batches of {batch}"
+        collections = open_collections(data, evaluation, recorded)
+    train, held_out = collections.train, collections.held_out
+    size = args.per_device_train_batch_size
+    if evaluation.curvature and evaluation.curvature_batches > len(train) // size:
+        rule = f"{len(train)} training pairs make {len(train) // size} batches of {size}"
         raise refusal("curvature_batches", evaluation.curvature_batches, rule, "Lower it")
-    clip = model_options.load(data.augmentation if isinstance(data.augmentation, dict) else None)
-    clip.check_tokens()
-    weights = [(n, p.shape, p.flatten()[:8].tolist()) for n, p in clip.model.named_parameters()]
-    tokens = clip.tokenizer(["A photo of 2 cats."]).tolist()
-    recorded.check("model", model_options.model, "architecture", fingerprint([clip.config]))
-    recorded.check("model", model_options.model, "weights", fingerprint(weights))
-    recorded.check("model", model_options.model, "tokenizer", fingerprint(tokens))
+    clip = load_model(model_options, data, recorded)
     stream = PairStream(
         train,
         clip.train_transform,
         clip.tokenizer,
-        batch_size=args.per_device_train_batch_size,
+        batch_size=size,
         micro_batches=args.gradient_accumulation_steps,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         process=args.process_index,
@@ -166,14 +241,11 @@ def pretrain(
     is_first, output = trainer.is_world_process_zero(), Path(str(args.output_dir))
     if is_first:
         parameters = sum(p.numel() for p in clip.model.parameters())
-        batch = (
-            args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        )
         print(
             f"{type(clip.model).__name__} {model_options.model}, "
-            f"{parameters / 1e6:.1f}M parameters; "
-            f"{len(train)} training pairs, global batch {batch}; "
-            f"{len(held_out) if held_out else 0} held-out pairs, {len(names)} classes",
+            f"{parameters / 1e6:.1f}M parameters; {len(train)} training pairs, "
+            f"global batch {size * args.world_size * args.gradient_accumulation_steps}; "
+            f"{len(held_out) if held_out else 0} held-out pairs, {len(collections.names)} classes",
             flush=True,
         )
     results: dict[str, Any] = {
@@ -204,47 +276,14 @@ def pretrain(
         }
         trainer.save_model()
         write()
-        encoding: dict[str, Any] = {
-            "batch_size": args.per_device_eval_batch_size,
-            "workers": args.dataloader_num_workers,
-        }
         if held_out is not None:
-            loss = trainer.loss_of_batch
-            encoded = encode(
-                trainer.module, clip, held_out, trainer.accelerator, loss=loss, **encoding
-            )
-            found = retrieval(encoded, args.device)
-            texts, images = found.candidates
-            results["validation_loss"] = encoded.loss
-            results["retrieval"] = {
-                "images": images,
-                "texts": texts,
-                "metrics": found.metrics,
-                "chance": found.chance,
-            }
+            encoded = trainer.encode(held_out)
+            results |= found_among(trainer, encoded)
             write()
-        if labelled is not None:
-            with_class = encode(
-                trainer.module, clip, labelled, trainer.accelerator, needs="label", **encoding
-            )
-            accuracy, _ = zero_shot(
-                trainer.module,
-                clip,
-                with_class,
-                list(names),
-                evaluation.prompts,
-                list(names.values()),
-                device=args.device,
-            )
-            results["zero_shot"] = asdict(accuracy)
+        for figures in measured(trainer, collections, evaluation):
+            results |= figures
             write()
-            if evaluation.linear_probe:
-                results["linear_probe"] = asdict(linear_probe(with_class, classes))
-        if evaluation.curvature:
-            results["curvature"] = measure_curvature(trainer, train, evaluation)
-    opened = {"training pairs, over all passes": train, "held-out pairs": held_out}
-    opened["images with classes"] = labelled
-    counts = gather_object([{n: p.skipped.counts for n, p in opened.items() if p is not None}])
+    counts = gather_object([{n: p.skipped.counts for n, p in collections.by_name.items()}])
     results["skipped"] = {
         name: dict(sum((Counter(count[name]) for count in counts), Counter())) for name in counts[0]
     }

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 def flags(folder, output, **options):
     folder.mkdir(exist_ok=True)
-    (folder / "small.json").write_text(json.dumps(SMALL_CLIP))
+    (folder / "small.json").write_text(json.dumps(SMALL_CLIP), encoding="utf-8")
     urls = shards(folder, [12, 12])
     base = {
         "model": folder / "small.json",
@@ -49,7 +49,7 @@ def flags(folder, output, **options):
 
 
 def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def test_end_to_end(tmp_path, capsys):

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from nso_hf import NSOTrainer
 from nso_hf.backends import select
 from nso_hf.clip.arguments import CLIPConfig
-from nso_hf.clip.encoding import encode
+from nso_hf.clip.encoding import Encoded, encode
 from nso_hf.clip.logit_scale import groups_of_logit_scale, keep_logit_scale_in_bounds
 from nso_hf.clip.loss import contrastive_loss, loss_of
 from nso_hf.clip.models import ClipModel, is_coca
@@ -249,18 +249,23 @@ class CLIPTrainer(NSOTrainer):
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        encoded = encode(
-            self.module,
-            self.clip,
-            dataloader,
-            self.accelerator,
-            batch_size=self.args.per_device_eval_batch_size,
-            workers=self.args.dataloader_num_workers,
-            loss=self.loss_of_batch,
-        )
+        encoded = self.encode(dataloader)
         metrics = {"loss": encoded.loss} | retrieval(encoded, self.args.device).metrics
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, named, len(encoded))  # type: ignore[arg-type]
+
+    def encode(self, pairs: Pairs, needs: str = "caption") -> Encoded:
+        """Features of pairs and their loss; of images alone where what they need is a "label"."""
+        return encode(
+            self.module,
+            self.clip,
+            pairs,
+            self.accelerator,
+            batch_size=self.args.per_device_eval_batch_size,
+            workers=self.args.dataloader_num_workers,
+            loss=self.loss_of_batch if needs == "caption" else None,
+            needs=needs,
+        )
 
     @property
     def module(self) -> nn.Module:
