@@ -51,7 +51,7 @@ def generate_examples(task: str, size: int, seed: int, **options: Any) -> list[E
     """`size` items of a reasoning-gym task; `options` are the task's own.
 
     Raises:
-        ValueError: no such task, or it refuses its options.
+        ValueError: no such task, it refuses its options, or its questions have no one answer.
     """
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
@@ -70,8 +70,15 @@ def generate_examples(task: str, size: int, seed: int, **options: Any) -> list[E
     return [
         Example(
             item["question"],
-            str(item["answer"]),
+            _answer(task, item["answer"]),
             (rationale(item["metadata"]),) if rationale else (),
         )
         for item in items
     ]
+
+
+def _answer(task: str, answer: object) -> str:
+    if not isinstance(answer, str):
+        rule = f"the answer of a question is {answer!r}, no text to train on"
+        raise refusal("dataset", f"reasoning_gym:{task}", rule, "Choose another task")
+    return answer
