@@ -30,7 +30,9 @@ _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorna
 _LATEX_FRACTION = re.compile(
     r"(?P<digit>(?<=\d))?\\[dt]?frac(?:\{([^{}]*)\}\{([^{}]*)\}|\s?(\d)\s?(\d))"
 )
-_MATHS = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_MATHS = re.compile(
+    r"(?<!\\)\$([^$]+)(?<!\\)\$|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]"
+)
 _ONE_IN_BRACES = re.compile(r"(?<=[\^_√])\{(\w|-?\d+)\}")
 _POWER = re.compile(r"(?<=[\w)])\*\*(?=[\w(-])")
 _EMPHASIS = re.compile(r"\*\*|`|(?<![\w*)])\*([^*\s][^*]*)\*(?![\w*(])")

@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -214,3 +215,28 @@ def test_what_was_changed_is_wrong(gold, rationale, seed):
 def test_any_text_can_be_judged(text, gold):
     judge(text, gold)
     judge(completion(gold, text), gold)
+
+
+PARTS = [
+    "1,111,",
+    "9",
+    "a b ",
+    "1/",
+    "'5' ",
+    "$x ",
+    "\\( ",
+    "\\[ ",
+    "\\frac{1}{",
+    "\\boxed{",
+    "--> ",
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_time_of_judging_is_linear_in_the_text(part):
+    """About a second for 40,000 characters, where an unclosed "\\(" took twenty when quadratic."""
+    text = part * (40_000 // len(part))
+    start = time.perf_counter()
+    judge(text, "5")
+    judge(f"--> {text}", "a b")
+    assert time.perf_counter() - start < 10
