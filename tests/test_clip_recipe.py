@@ -85,7 +85,11 @@ def test_end_to_end(tmp_path, capsys):
     assert recall == evaluations[-1]["eval_text_to_image_recall@10"]
     assert results["retrieval"]["chance"]["text_to_image_recall@10"] == pytest.approx(10 / 12)
     assert results["zero_shot"]["classes"] == results["linear_probe"]["classes"] == 2
+    per_class = results["zero_shot"]["per_class"]
+    assert {name: found["images"] for name, found in per_class.items()} == {"even": 6, "odd": 6}
+    right = sum(found["images"] * found["accuracy"] for found in per_class.values())
     assert results["zero_shot"]["images"] == 12
+    assert right == pytest.approx(12 * results["zero_shot"]["top1"])
     assert set(results["curvature"]) == {"all", "image tower", "text tower"}
     skipped = results["skipped"]["training pairs, over all passes"]
     assert set(skipped) == {"unreadable images", "missing images", "missing captions"}
@@ -94,6 +98,7 @@ def test_end_to_end(tmp_path, capsys):
     shown = capsys.readouterr().out
     for words in ("Retrieval among 12 images", "chance", "linear probe", "text tower", "Skipped"):
         assert words in shown
+    assert "Accuracy in each class" in shown and "majority" in shown and "R@10" in shown
 
 
 def test_open_clip_loads_what_is_written(tmp_path):
