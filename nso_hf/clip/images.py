@@ -15,7 +15,10 @@ def rgb(image: Image.Image) -> Image.Image:
     bits and floats scaled by their depth."""
     upright = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_in_eight_bits(np.asarray(upright), image)).convert("RGB")
+        levels = np.asarray(upright)
+        greys = _in_eight_bits(levels, image)
+        greys[levels == image.info.get("transparency", np.nan)] = 255  # one level, in PNG
+        return Image.fromarray(greys).convert("RGB")
     if upright.has_transparency_data:
         white = Image.new("RGBA", upright.size, "white")
         return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")

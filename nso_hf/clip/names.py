@@ -65,13 +65,16 @@ def _readings(source: str) -> list[dict[str, Any]]:
         raise refuse("neither a mapping nor a list")
     if entries and all(_is_of_the_index(entry) for entry in entries.values()):
         # As the index spells them: great_white_shark.
-        names = [(number, *entry) for number, entry in entries.items()]
-        by_number = {number: name.replace("_", " ") for number, _, name in names}
-        return [by_number, {label: name.replace("_", " ") for _, label, name in names}]
+        by_number = {number: _spaced(name) for number, (_, name) in entries.items()}
+        return [by_number, {label: _spaced(name) for label, name in entries.values()}]
     return [entries]
 
 
 def _is_of_the_index(entry: Any) -> bool:
     if not (isinstance(entry, list) and len(entry) == 2):
         return False
-    return all(isinstance(x, str) for x in entry) and bool(_WORDNET_ID.fullmatch(entry[0]))
+    return isinstance(entry[0], str) and bool(_WORDNET_ID.fullmatch(entry[0]))
+
+
+def _spaced(name: Any) -> Any:
+    return name.replace("_", " ") if isinstance(name, str) else name

@@ -74,9 +74,11 @@ def _open_table(
     fields = _checked(data, fields, found.column_names)
     if isinstance(found.features[fields.image], datasets.Image):
         found = found.cast_column(fields.image, datasets.Image(decode=False))
-    if fields.caption and not isinstance(found.features[fields.caption], datasets.Value):
-        holds = "lists" if isinstance(found.features[fields.caption], datasets.List) else "no texts"
-        raise refusal("caption_column", fields.caption, f"holds {holds}", _ONE_TEXT)
+    for option, name in (("caption_column", fields.caption), ("label_column", fields.label)):
+        feature = found.features[name] if name else None
+        if feature and not isinstance(feature, datasets.Value | datasets.ClassLabel):
+            holds = "lists" if isinstance(feature, datasets.List) else "no texts"
+            raise refusal(option, name, f"holds {holds}", _ONE_TEXT)
     classes: list[str] = []
     if fields.label and isinstance(found.features[fields.label], datasets.ClassLabel):
         classes = found.features[fields.label].names

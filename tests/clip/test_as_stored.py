@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 import warnings
 from fractions import Fraction
 
@@ -67,6 +68,27 @@ def test_broken_json_files_of_shards(tmp_path, broken):
     assert found == [] and skipped == {"unreadable captions": 1}
 
 
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["0.PNG", "0.TXT", "1.Png", "1.txt"], ["0", "1"]),
+        (["./a/0.png", "./a/0.txt", "./b/0.png", "./b/0.txt"], ["./a/0", "./b/0"]),
+        (["._0.png", "0.png", "._0.txt", "0.txt"], ["0"]),
+    ],
+)
+def test_shards_as_archivers_name_their_files(tmp_path, names, keys):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in names:
+            is_text = name.lower().endswith("txt")
+            content = b"broken" if name.startswith("._") else b"a" if is_text else png(1)
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    pairs = Shards(str(tmp_path / "s.tar"), Fields())
+    assert [p.key for p in pairs if usable(p, pairs)] == [f"s.tar/{key}" for key in keys]
+    assert len(pairs) == len(keys) and pairs.skipped.counts == {}
+
+
 WRITTEN = ["NA", "007", "1e5", "True", "12345678901234567890", "null", " a ", 'an 8" pizza, "b"']
 
 
@@ -105,9 +127,9 @@ def test_a_digest_is_of_captions_labels_and_images(tmp_path):
     fields = Fields("image", "text", "label")
     digest = open_pairs(str(path), fields).digest()
     assert open_pairs(str(path), fields).digest() == digest
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     for change in (text.replace("NA", "NB"), text.replace("0.png", "9.png"), text + "\n" + text):
-        path.write_text(change)
+        path.write_text(change, encoding="utf-8")
         assert open_pairs(str(path), fields).digest() != digest
 
 
@@ -143,6 +165,8 @@ def test_columns_of_lists_or_objects_are_refused(tmp_path):
     for column, holds in {"text": "lists", "object": "no texts"}.items():
         with pytest.raises(ValueError, match=rf"caption_column='{column}': holds {holds}"):
             open_pairs(str(tmp_path), Fields(caption=column))
+        with pytest.raises(ValueError, match=rf"label_column='{column}': holds {holds}"):
+            open_pairs(str(tmp_path), Fields(caption="image", label=column))
 
 
 def ramp(dtype, white):
@@ -215,3 +239,5 @@ def test_what_is_transparent_is_white():
         assert read_image(encoded(Image.new("LA", (1, 1), (0, 0)))).getpixel((0, 0)) == (255,) * 3
         seen = read_image(encoded(palette, transparency=bytes([0] * 7 + [255])))
     assert [seen.getpixel((x, 1)) for x in (0, 1)] == [(255,) * 3, (7,) * 3]
+    deep = read_image(encoded(Image.fromarray(np.array([[0, 257]], np.uint16)), transparency=0))
+    assert [deep.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (1,) * 3]

@@ -56,6 +56,7 @@ def test_every_named_class_is_a_candidate(tmp_path, entries, classes, expected):
         ({"a": "an ant", "b": None}, "the name of class 'b' is null, no text"),
         ({"a": "an ant", "b": ["bee", "bug"]}, "the name of class 'b' is a list, no text"),
         ({"a": 0}, "the name of class 'a' is a number, no text"),
+        ({"a": ["n01440764", "tench"], "1": ["n01443537", None]}, "the name of class '1' is null"),
         ({"a": " "}, "the name of class 'a' is a text without letters"),
         (["zero"], "has no name for the classes a"),
         ("a", "neither a mapping nor a list"),
