@@ -5,10 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nso_hf.refusal import needs
-
-needs("nso_hf.plots", "recipes", "matplotlib")
-
 Log = Sequence[Mapping[str, Any]]
 """`trainer.state.log_history`."""
 

@@ -38,9 +38,9 @@ from nso_hf.reasoning.examples import (
 from nso_hf.reasoning.generated import generate_examples
 from nso_hf.reasoning.models import ModelOptions, check_lengths, load_model, with_lora
 from nso_hf.reasoning.prompts import PromptFormat, training_rows
-from nso_hf.reasoning.report import report
+from nso_hf.reasoning.report import PACKAGES, report
 from nso_hf.recorded_options import RecordedOptions, fingerprint
-from nso_hf.refusal import refusal
+from nso_hf.refusal import needs, refusal
 from nso_hf.tables import is_table
 
 
@@ -346,6 +346,7 @@ def plainly(args: NSOConfig) -> NSOConfig:
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0])
     model_options, data, curvature, args = parser.parse(argv)
+    needs("cot_finetuning.py", "recipes", *PACKAGES)
     check_ready(args, ["loss", *METRICS])
     if curvature.compare_plain and args.sigma == 0:
         cure = "Raise --sigma, or leave it out"

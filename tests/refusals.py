@@ -380,7 +380,7 @@ CURVATURE: dict[str, Callable[[Path], object]] = {
         "--max_length", "4", rows='{"prompt": "2 + 2 =", "completion": " 4"}'
     ),
     "a checkpoint that is none": command("{folder}"),
-    "pattern without a parameter, by flag": command("--params", "lora_A"),
+    "pattern of no parameter, by flag": command("--params", "lora_A", rows='{"text": "a b c"}'),
 }
 
 RECIPE: dict[str, Callable[[Path], object]] = {
@@ -466,6 +466,7 @@ RECIPE: dict[str, Callable[[Path], object]] = {
     "resume on other data": resumed(write={"data/train.jsonl": ROWS.replace("count", "add")}),
     "resume from nowhere": recipe("--resume_from_checkpoint", "{folder}/none"),
     "curvature of no examples": recipe("--curvature_examples", "0"),
+    "plain training beside plain training": recipe("--compare_plain", "true", "--sigma", "0"),
     "pattern that matches nothing, by flag": recipe("--perturb_include", "lora_A"),
 }
 

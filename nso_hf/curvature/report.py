@@ -106,11 +106,11 @@ def print_reports(reports: Mapping[str, Report], files: list[Path]) -> None:
     columns = [report.rows() for report in reports.values()]
     for measure in columns[0]:
         table.add_row(measure, *(column.get(measure, "") for column in columns))
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are shown as they are
     console.print(table)
     for note in sorted({note for report in reports.values() for note in report.notes()}):
-        console.print(f"Note: {note}", markup=False)
-    console.print("Written: " + ", ".join(map(str, files)), soft_wrap=True, markup=False)
+        console.print(f"Note: {note}")
+    console.print("Written: " + ", ".join(map(str, files)), soft_wrap=True)
 
 
 def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:

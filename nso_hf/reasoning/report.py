@@ -3,16 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nso_hf.figures import with_error
 from nso_hf.plots import measured_before, plot_training
-from nso_hf.refusal import needs
 
-needs("nso_hf.reasoning.report", "recipes", "rich")
+if TYPE_CHECKING:
+    from rich.table import Table
 
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+PACKAGES = ("matplotlib", "rich")  # of the extra "recipes", needed at a run's end
 
 _MEASURES = {
     "accuracy": "accuracy",
@@ -36,11 +35,13 @@ TITLES = {
 def report(results: Mapping[str, Any], output: Path) -> None:
     """Write results.json and training.png to `output` and print a table: of the test questions and
     of the curvature, before and after training, and of the "plain" training where there was one."""
+    from rich.console import Console
+
     text = json.dumps(results, indent=2) + "\n"
     (output / "results.json").write_text(text, encoding="utf-8")
     log, plain = results["log"], results.get("plain")
     plot_training(log, output / "training.png", TITLES, 1.0, plain["log"] if plain else ())
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(_table(results))
     for name in ("loss", "nso/sigma", "nso/perturbation_norm", "nso/trace_estimate"):
         values = [entry[name] for entry in log if name in entry]
@@ -51,7 +52,9 @@ def report(results: Mapping[str, Any], output: Path) -> None:
         console.print(f"  {output / name}", soft_wrap=True)
 
 
-def _table(results: Mapping[str, Any]) -> Table:
+def _table(results: Mapping[str, Any]) -> "Table":
+    from rich.table import Table
+
     after, plain = results["after"], results.get("plain")
     columns = {
         "before": (results["before"], measured_before(results["log"])),
