@@ -26,8 +26,8 @@ from benchmarks.allocations import CountAllocations
 from benchmarks.collectives import CountCollectives
 from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.backends import select
-from nso_hf.command_line import leave_process_group
-from nso_hf.perturbation import Perturbation
+from nso_hf.running.program import leave_process_group
+from nso_hf.step.perturbation import Perturbation
 from tests.distributed.back_ends import BACK_ENDS, allow_fsdp_on_cpu
 from tests.distributed.launch import torchrun
 

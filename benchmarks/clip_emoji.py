@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.label_noise import mean, table
-from nso_hf.clip.arguments import CLIPConfig
-from nso_hf.clip.classification import zero_shot
-from nso_hf.clip.encoding import encode
-from nso_hf.clip.models import load_clip
-from nso_hf.clip.pairs import Fields
-from nso_hf.clip.sources import open_pairs
-from nso_hf.clip.stream import PairStream
-from nso_hf.clip.trainer import CLIPTrainer
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
+from nso_hf.tasks.clip.arguments import CLIPConfig
+from nso_hf.tasks.clip.classification import zero_shot
+from nso_hf.tasks.clip.encoding import encode
+from nso_hf.tasks.clip.models import load_clip
+from nso_hf.tasks.clip.pairs import Fields
+from nso_hf.tasks.clip.sources import open_pairs
+from nso_hf.tasks.clip.stream import PairStream
+from nso_hf.tasks.clip.trainer import CLIPTrainer
 
 MODEL = Path(__file__).parent.parent / "recipes" / "configs" / "vit-tiny-64.json"
 BATCH = 128

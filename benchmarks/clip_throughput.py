@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nso_hf.clip.arguments import CLIPConfig
-from nso_hf.clip.models import ClipModel, load_clip
-from nso_hf.clip.pairs import Fields
-from nso_hf.clip.sources import open_pairs
-from nso_hf.clip.stream import PairStream
-from nso_hf.clip.trainer import CLIPTrainer
+from nso_hf.tasks.clip.arguments import CLIPConfig
+from nso_hf.tasks.clip.models import ClipModel, load_clip
+from nso_hf.tasks.clip.pairs import Fields
+from nso_hf.tasks.clip.sources import open_pairs
+from nso_hf.tasks.clip.stream import PairStream
+from nso_hf.tasks.clip.trainer import CLIPTrainer
 
 WAYS: dict[str, dict[str, Any]] = {
     "open_clip": {},

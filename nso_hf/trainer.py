@@ -17,14 +17,14 @@ from transformers.utils import logging
 
 from nso_hf.arguments import NSOArguments
 from nso_hf.backends import Backend, Weight, check, select
-from nso_hf.edits import edits_refused
-from nso_hf.generation import check_generates_nothing, generation_refused
-from nso_hf.methods import METHODS, Point, Step
-from nso_hf.perturbation import Perturbation, borrowed
+from nso_hf.methods import Point, Step
 from nso_hf.refusal import refusal
-from nso_hf.selection import check_patterns, nothing_to_perturb, select_perturbed
-from nso_hf.side_effects import SideEffects, copied
-from nso_hf.weighting import weighted_backward
+from nso_hf.step.edits import edits_refused
+from nso_hf.step.generation import check_generates_nothing, generation_refused
+from nso_hf.step.perturbation import Perturbation, borrowed
+from nso_hf.step.selection import check_patterns, nothing_to_perturb, select_perturbed
+from nso_hf.step.side_effects import SideEffects, copied
+from nso_hf.step.weighting import weighted_backward
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -120,7 +120,7 @@ class NSOTrainerMixin(_Base):
         return result
 
     def _nso_check_was_called(self) -> None:
-        if self._nso_is_awaited and METHODS[self.nso_args.method].displaces(self.nso_args):
+        if self._nso_is_awaited and self.nso_args.chosen_method().displaces():
             rule = "it does not call super().training_step, where the method is: training is plain"
             cure = "Call it, or override compute_loss instead"
             raise refusal("training_step", type(self).__qualname__, rule, cure)
@@ -169,7 +169,7 @@ class NSOTrainerMixin(_Base):
             switch()  # schedule-free optimizers edit the weights here: before they are backed up
         step = self._nso_step(model)
         inputs = super()._prepare_inputs(inputs)
-        points = METHODS[self.nso_args.method](self.nso_args).points(step)
+        points = self.nso_args.chosen_method().points(step)
         backend = self.nso_backend
         with (
             backend.step_afterwards(),
@@ -245,17 +245,17 @@ class NSOTrainerMixin(_Base):
     def _nso_select(self, model: nn.Module) -> list[Weight]:
         self.nso_backend: Backend = select(self.accelerator, model)
         accumulation, copies = self.args.gradient_accumulation_steps, self.nso_backend.num_copies
-        method = METHODS[self.nso_args.method]
-        method.check_micro_batches(self.nso_args, accumulation, copies)
+        method = self.nso_args.chosen_method()
+        method.check_micro_batches(accumulation, copies)
         self._nso_all_weights = self.nso_backend.weights()
         check_patterns(self._nso_all_weights, self.nso_args)
-        if not method.displaces(self.nso_args):
+        if not method.displaces():
             return []
         return select_perturbed(self._nso_all_weights, self.nso_args)
 
     def _nso_select_for_training(self, model: nn.Module) -> list[Weight]:
         selected = self._nso_select(model)
-        if not selected and METHODS[self.nso_args.method].displaces(self.nso_args):
+        if not selected and self.nso_args.chosen_method().displaces():
             raise nothing_to_perturb(self._nso_all_weights, self.nso_args)
         return selected
 

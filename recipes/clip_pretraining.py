@@ -25,20 +25,21 @@ from accelerate.utils import gather_object
 from transformers import IntervalStrategy, set_seed
 
 from nso_hf import NSOArguments
-from nso_hf.checkpoints import checkpoint_to_resume, resumable
-from nso_hf.clip.arguments import CLIPConfig
-from nso_hf.clip.options import DataOptions, EvaluationOptions, ModelOptions
-from nso_hf.command_line import RecipeParser, run
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
-from nso_hf.readiness import check_ready
-from nso_hf.recorded_options import RecordedOptions, fingerprint
 from nso_hf.refusal import Refusal, needs, refusal
+from nso_hf.running.checkpoints import checkpoint_to_resume, resumable
+from nso_hf.running.command_line import RecipeParser
+from nso_hf.running.program import run
+from nso_hf.running.readiness import check_ready
+from nso_hf.running.recorded_options import RecordedOptions, fingerprint
+from nso_hf.tasks.clip.arguments import CLIPConfig
+from nso_hf.tasks.clip.options import DataOptions, EvaluationOptions, ModelOptions
 
 if TYPE_CHECKING:
-    from nso_hf.clip.encoding import Encoded
-    from nso_hf.clip.models import ClipModel
-    from nso_hf.clip.pairs import Pairs
-    from nso_hf.clip.trainer import CLIPTrainer
+    from nso_hf.tasks.clip.encoding import Encoded
+    from nso_hf.tasks.clip.models import ClipModel
+    from nso_hf.tasks.clip.pairs import Pairs
+    from nso_hf.tasks.clip.trainer import CLIPTrainer
 
 OPTIONS = [ModelOptions, DataOptions, EvaluationOptions, CLIPConfig]
 PACKAGES = ("open_clip", "webdataset", "datasets", "sklearn", "matplotlib", "rich")
@@ -48,7 +49,7 @@ def measure_curvature(
     trainer: "CLIPTrainer", train: "Pairs", options: EvaluationOptions
 ) -> dict[str, dict[str, float]]:
     """Trace and largest eigenvalue of the loss, by all trained weights and by tower."""
-    from nso_hf.clip.stream import PairStream
+    from nso_hf.tasks.clip.stream import PairStream
 
     clip, size = trainer.clip, trainer.args.per_device_train_batch_size
     stream = iter(PairStream(train, clip.eval_transform, clip.tokenizer, batch_size=size))
@@ -117,8 +118,8 @@ def open_collections(
     data: DataOptions, evaluation: EvaluationOptions, recorded: RecordedOptions
 ) -> Collections:
     """Open what the options name; refuse what cannot be trained on, or evaluated on."""
-    from nso_hf.clip.classification import check_probe, class_names
-    from nso_hf.clip.stream import check_usable
+    from nso_hf.tasks.clip.classification import check_probe, class_names
+    from nso_hf.tasks.clip.stream import check_usable
 
     held_out = labelled = None
     classes: list[str] = []
@@ -162,7 +163,7 @@ def load_model(options: ModelOptions, data: DataOptions, recorded: RecordedOptio
 
 def found_among(trainer: "CLIPTrainer", encoded: "Encoded") -> dict[str, Any]:
     """What results.json has on the retrieval of held-out pairs."""
-    from nso_hf.clip.retrieval import retrieval
+    from nso_hf.tasks.clip.retrieval import retrieval
 
     found = retrieval(encoded, trainer.args.device)
     texts, images = found.candidates
@@ -175,7 +176,7 @@ def measured(
     trainer: "CLIPTrainer", collections: Collections, options: EvaluationOptions
 ) -> Iterator[dict[str, Any]]:
     """What results.json has on classification and curvature, one after another."""
-    from nso_hf.clip.classification import linear_probe, zero_shot
+    from nso_hf.tasks.clip.classification import linear_probe, zero_shot
 
     if collections.labelled is not None:
         encoded = trainer.encode(collections.labelled, needs="label")
@@ -201,10 +202,10 @@ def pretrain(
     model_options: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, args: CLIPConfig
 ) -> None:
     """From data to results, for options that were read without these packages."""
-    from nso_hf.clip.report import report
-    from nso_hf.clip.retrieval import METRICS
-    from nso_hf.clip.stream import PairStream
-    from nso_hf.clip.trainer import CLIPTrainer
+    from nso_hf.tasks.clip.report import report
+    from nso_hf.tasks.clip.retrieval import METRICS
+    from nso_hf.tasks.clip.stream import PairStream
+    from nso_hf.tasks.clip.trainer import CLIPTrainer
 
     check_ready(args, ["loss", *METRICS])
     checkpoint = checkpoint_to_resume(args)

@@ -22,12 +22,16 @@ from typing import Any
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, set_seed
 
 from nso_hf import NSOArguments, NSOConfig, NSOTrainer
-from nso_hf.checkpoints import checkpoint_to_resume, last_complete_checkpoint, resumable
-from nso_hf.command_line import RecipeParser, run
 from nso_hf.curvature import CurvatureCallback
-from nso_hf.readiness import check_ready
-from nso_hf.reasoning.evaluation import METRICS, Evaluation, evaluate_answers
-from nso_hf.reasoning.examples import (
+from nso_hf.refusal import needs, refusal
+from nso_hf.running.checkpoints import checkpoint_to_resume, last_complete_checkpoint, resumable
+from nso_hf.running.command_line import RecipeParser
+from nso_hf.running.program import run
+from nso_hf.running.readiness import check_ready
+from nso_hf.running.recorded_options import RecordedOptions, fingerprint
+from nso_hf.running.tables import is_table
+from nso_hf.tasks.reasoning.evaluation import METRICS, Evaluation, evaluate_answers
+from nso_hf.tasks.reasoning.examples import (
     PRESETS,
     Columns,
     Example,
@@ -35,13 +39,10 @@ from nso_hf.reasoning.examples import (
     load_examples,
     without_questions_of,
 )
-from nso_hf.reasoning.generated import generate_examples
-from nso_hf.reasoning.models import ModelOptions, check_lengths, load_model, with_lora
-from nso_hf.reasoning.prompts import PromptFormat, training_rows
-from nso_hf.reasoning.report import PACKAGES, report
-from nso_hf.recorded_options import RecordedOptions, fingerprint
-from nso_hf.refusal import needs, refusal
-from nso_hf.tables import is_table
+from nso_hf.tasks.reasoning.generated import generate_examples
+from nso_hf.tasks.reasoning.models import ModelOptions, check_lengths, load_model, with_lora
+from nso_hf.tasks.reasoning.prompts import PromptFormat, training_rows
+from nso_hf.tasks.reasoning.report import PACKAGES, report
 
 
 @dataclass

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.backends import Weight
-from nso_hf.noise import Noise, block_size
+from nso_hf.step.noise import Noise, block_size
 
 VOCABULARY = 50
 

@@ -478,7 +478,7 @@ def clip_recipe(
 
     def run(folder: Path) -> object:
         from recipes.clip_pretraining import main
-        from tests.clip.test_pairs import shards
+        from tests.tasks.clip.test_pairs import shards
 
         (folder / "model.json").write_text(json.dumps(SMALL_CLIP))
         urls = shards(folder, [6, 6])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nso_hf import NSOTrainer
-from nso_hf.noise import DISTRIBUTIONS
+from nso_hf.step.noise import DISTRIBUTIONS
 from tests.reference import config
 
 
@@ -133,7 +133,7 @@ def test_no_trace_estimate_while_sigma_is_far_from_its_value(tmp_path):
 
 
 def test_the_norm_is_measured_once_between_logs(tmp_path, monkeypatch):
-    from nso_hf.perturbation import Perturbation
+    from nso_hf.step.perturbation import Perturbation
 
     calls = []
     original = Perturbation.measure

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nso_hf.backends import Weight
-from nso_hf.noise import Noise, block_size
-from nso_hf.side_effects import random_state_kept
+from nso_hf.step.noise import Noise, block_size
+from nso_hf.step.side_effects import random_state_kept
 from tests.reference import config, tiny_llama, token_data, train
 
 pytestmark = [

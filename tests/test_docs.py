@@ -55,7 +55,7 @@ def commands() -> list[str]:
 def test_recipe_commands_parse(command, tmp_path, monkeypatch):
     from importlib import import_module
 
-    from nso_hf.command_line import RecipeParser
+    from nso_hf.running.command_line import RecipeParser
 
     (tmp_path / "names.json").write_text("{}")
     monkeypatch.chdir(ROOT)

@@ -27,10 +27,10 @@ def test_a_wrong_input_gets_the_documented_message(name):
 
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it():
-    needs("nso_hf.clip", "clip", "torch", "numpy")
-    message = re.escape("nso_hf.clip needs no_such: run pip install 'nso_hf[clip]'")
+    needs("nso_hf.tasks.clip", "clip", "torch", "numpy")
+    message = re.escape("nso_hf.tasks.clip needs no_such: run pip install 'nso_hf[clip]'")
     with pytest.raises(ImportError, match=message):
-        needs("nso_hf.clip", "clip", "torch", "no_such")
+        needs("nso_hf.tasks.clip", "clip", "torch", "no_such")
 
 
 def test_nothing_is_written_before_a_refusal(tmp_path):
@@ -52,20 +52,19 @@ def test_nothing_is_written_before_a_refusal(tmp_path):
 )
 def test_the_cure_for_an_odd_count_is_a_number_that_works(options, multiple):
     from nso_hf import NSOArguments
-    from nso_hf.methods.nso import NSO
 
     accumulation, replicas, k = options
-    args = NSOArguments(sign="alternate", num_perturbations=k)
+    method = NSOArguments(sign="alternate", num_perturbations=k).chosen_method()
     with pytest.raises(ValueError, match=f"to a multiple of {multiple}, or use sign='both'"):
-        NSO.check_micro_batches(args, accumulation, replicas)
-    NSO.check_micro_batches(args, multiple, replicas)
+        method.check_micro_batches(accumulation, replicas)
+    method.check_micro_batches(multiple, replicas)
 
 
 def test_trainers_of_trl_that_generate_are_refused_and_the_others_are_not():
     trl = pytest.importorskip("trl")
     from trl.experimental import gkd, gold, online_dpo
 
-    from nso_hf.generation import check_generates_nothing
+    from nso_hf.step.generation import check_generates_nothing
 
     generating = [
         trl.GRPOTrainer,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from nso_hf import NSOTrainer
-from nso_hf.checkpoints import last_complete_checkpoint
+from nso_hf.running.checkpoints import last_complete_checkpoint
 from tests.reference import config, tiny_llama, token_data
 
 OPTIONS = {
@@ -81,7 +81,7 @@ def test_measuring_does_not_change_training(tmp_path):
 RUN = """
 import sys, time, torch
 from pathlib import Path
-from nso_hf.checkpoints import last_complete_checkpoint
+from nso_hf.running.checkpoints import last_complete_checkpoint
 from nso_hf import NSOTrainer
 from tests.test_resume import trainer_of
 directory = sys.argv[1]

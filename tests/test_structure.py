@@ -2,7 +2,9 @@
 refusals."""
 
 import ast
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,26 +12,19 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 import nso_hf
+from nso_hf import moved
 from nso_hf.backends import check, select
 from tests.refusals import accelerator
 
 PACKAGE = Path(nso_hf.__file__).parent
-ORDER = [
-    "refusal",
-    "backends",
-    "storage",
-    "edits",
-    "weighting",
-    "generators",
-    "generation",
-    "perturbation",
-    "noise",
-    "methods",
-    "arguments",
-    "selection",
-    "side_effects",
-    "trainer",
-]
+ENGINE = ["refusal", "backends", "step", "methods", "arguments", "trainer"]
+"""Each imports only those before it."""
+BESIDE = {
+    "running": {"refusal", "backends", "arguments"},
+    "curvature": {"refusal", "backends", "step", "running"},
+    "tasks": {*ENGINE, "running", "curvature"},
+}
+"""And what stands beside the engine imports only these."""
 
 
 def test_back_end_words_stay_in_backends():
@@ -44,36 +39,76 @@ def test_back_end_words_stay_in_backends():
             assert not found, f"{path.name} says {found.group()}"
 
 
-def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nso_hf."):
-            yield node.module.split(".")[1]
+def import_graph():
+    """Module -> the modules of this package that it imports, wherever in its text."""
+    modules = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        modules[".".join(parts).removesuffix(".__init__")] = path
+    graph = {}
+    for name, path in modules.items():
+        graph[name] = found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nso_hf"):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                found |= inner or {node.module}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names} & modules.keys()
+    return graph
+
+
+def wing(module):
+    """The part of the house that a module is in; "" for the package itself."""
+    return f"{module}.".split(".")[1]
+
+
+def reached_from(modules, graph):
+    reached, waiting = set(), list(modules)
+    while waiting:
+        for imported in graph[waiting.pop()] - reached:
+            reached.add(imported)
+            waiting.append(imported)
+    return reached
 
 
 def test_imports_go_one_way():
-    for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for imported in imports_of(path):
-            if (
-                name in ORDER
-                and imported != name
-                and not (name == "methods" and imported == "arguments")
-            ):
-                assert ORDER.index(imported) < ORDER.index(name), f"{path.name} imports {imported}"
-            if name == "curvature":
-                below = ["refusal", "backends", "perturbation", "noise", "side_effects"]
-                below += ["storage", "figures", "generators", "tables", name]
-                if path.name == "__main__.py":
-                    below.append("command_line")
-                assert imported in below, f"{path.name} imports {imported}"
-            if name in ("reasoning", "checkpoints", "plots", "config_file"):
-                assert imported in ("figures", "plots", "reasoning", "refusal", "tables")
-            if name == "command_line":
-                assert imported in ("arguments", "config_file", "refusal")
-            if name == "clip":
-                below = ["backends", "clip", "figures", "plots", "refusal", "side_effects"]
-                below.append("tables")
-                assert imported in below, f"{path.name} imports {imported}"
+    graph = import_graph()
+    wings = {wing(module) for module in graph}
+    assert wings == {*ENGINE, *BESIDE, "moved", ""}, "say here what a new wing may import"
+    allowed = {name: set(ENGINE[:place]) for place, name in enumerate(ENGINE)} | BESIDE
+    allowed |= {"moved": set(), "": {"moved", "arguments", "trainer"}}
+    for module, imports in graph.items():
+        for imported in imports:
+            name = wing(module)
+            assert wing(imported) in {name, *allowed[name]}, f"{module} imports {imported}"
+
+
+def test_no_circle_of_imports():
+    graph = import_graph()
+    packages = {name for name in graph if any(other.startswith(f"{name}.") for other in graph)}
+    for module in graph.keys() - packages:
+        assert module not in reached_from([module], graph), f"{module} imports itself"
+
+
+def test_curvature_knows_nothing_of_training_by_a_method():
+    graph = import_graph()
+    modules = [module for module in graph if wing(module) == "curvature"]
+    reached = {wing(module) for module in reached_from(modules, graph)}
+    assert reached == {"curvature", *BESIDE["curvature"]}
+
+
+def test_modules_are_found_by_their_earlier_names():
+    for old, new in moved.MOVED.items():
+        with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
+            sys.modules.pop(old, None)
+            module = importlib.import_module(old)
+        assert module is importlib.import_module(new)
+        assert module.__name__ == module.__spec__.name == new
+    with pytest.warns(DeprecationWarning):
+        pairs = importlib.import_module("nso_hf.clip.pairs")
+    assert pairs is importlib.import_module("nso_hf.tasks.clip.pairs")
+    with pytest.warns(DeprecationWarning), pytest.raises(ImportError, match=r"tasks\.clip\.none"):
+        importlib.import_module("nso_hf.clip.none")
 
 
 def test_public_names_are_sorted_and_there():

@@ -15,7 +15,6 @@ from typing import NoReturn
 
 import torch
 
-from nso_hf.command_line import run
 from nso_hf.curvature.checkpoint import Data
 from nso_hf.curvature.eigenvalues import hessian_eigenvalues
 from nso_hf.curvature.hessian import HVPS
@@ -27,6 +26,7 @@ from nso_hf.curvature.spectrum import hessian_spectrum
 from nso_hf.curvature.stability import check_sigma, noise_stability
 from nso_hf.curvature.trace import check_count, hessian_trace
 from nso_hf.refusal import refusal
+from nso_hf.running.program import run
 
 
 class _Parser(argparse.ArgumentParser):

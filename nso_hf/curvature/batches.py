@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from transformers import Trainer
 
 from nso_hf.refusal import refusal
-from nso_hf.side_effects import random_state_kept
+from nso_hf.step.side_effects import random_state_kept
 
 Batch = Mapping[str, Any]
 

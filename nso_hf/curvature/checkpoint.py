@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import Refusal, refusal
-from nso_hf.tables import SUFFIXES, is_table, rows
+from nso_hf.running.tables import SUFFIXES, is_table, rows
 
 Row = Mapping[str, Any]
 Collate = Callable[[list[Row]], Batch]

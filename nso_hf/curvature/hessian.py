@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from nso_hf.backends import Weight
 from nso_hf.curvature.objective import Objective, graph_of
-from nso_hf.perturbation import Perturbation
 from nso_hf.refusal import refusal
+from nso_hf.step.perturbation import Perturbation
 
 logger = logging.get_logger(__name__)
 

@@ -17,10 +17,10 @@ from nso_hf.backends import Backend, alone, select
 from nso_hf.curvature.batches import Batch, training_batches
 from nso_hf.curvature.parameters import Selection, left_out, select_measured
 from nso_hf.curvature.vectors import Vectors
-from nso_hf.generators import generators_of
-from nso_hf.perturbation import Perturbation, borrowed
 from nso_hf.refusal import refusal
-from nso_hf.side_effects import Buffers, bookkeeping_kept, copied, random_state_kept
+from nso_hf.step.generators import generators_of
+from nso_hf.step.perturbation import Perturbation, borrowed
+from nso_hf.step.side_effects import Buffers, bookkeeping_kept, copied, random_state_kept
 
 _DIFFERENCE = 1e-4  # relative, between two losses at the same weights: rounding is far below
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nso_hf.backends import Weight
 from nso_hf.refusal import refusal
-from nso_hf.storage import without_aliases
+from nso_hf.step.storage import without_aliases
 
 _LINEAR = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
 _TABLES = (nn.Embedding, nn.EmbeddingBag)

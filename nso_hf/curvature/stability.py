@@ -18,8 +18,8 @@ from nso_hf.curvature.objective import Objective
 from nso_hf.curvature.parameters import Selection
 from nso_hf.curvature.result import Measurement, Stopwatch
 from nso_hf.curvature.trace import check_count
-from nso_hf.noise import Noise
 from nso_hf.refusal import refusal
+from nso_hf.step.noise import Noise
 
 
 @dataclass(frozen=True, kw_only=True)

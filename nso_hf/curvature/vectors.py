@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nso_hf.backends import Backend, Weight
-from nso_hf.noise import Noise
+from nso_hf.step.noise import Noise
 
 _CHUNK = 2**18  # elements whose products are added in the type of the weights, then in float64
 

@@ -2,18 +2,15 @@
 are added."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from nso_hf.backends import Weight
-from nso_hf.perturbation import Displacement
-
-if TYPE_CHECKING:
-    from nso_hf.arguments import NSOArguments
+from nso_hf.methods.options import NoOptions, SharedOptions
+from nso_hf.step.perturbation import Displacement
 
 
 @dataclass(frozen=True)
@@ -55,27 +52,23 @@ class Step:
 class Method(ABC):
     """An update rule over the evaluation points of one micro-batch."""
 
-    options: ClassVar[frozenset[str]]
-    """The fields of `NSOArguments` it reads, beyond those that every method obeys."""
-    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Its own options, which `method_kwargs` overrides."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """The fields of `SharedOptions` that it reads, beyond `common_random_numbers`."""
+    Options: ClassVar[type[Any]] = NoOptions
+    """Its own options, a frozen dataclass that `method_kwargs` fills and that checks itself."""
 
-    def __init__(self, args: "NSOArguments") -> None:
+    def __init__(self, args: SharedOptions, options: Any) -> None:
         self.args = args
-        given = args.method_kwargs if isinstance(args.method_kwargs, dict) else {}
-        self.kwargs = {**self.defaults, **given}
+        self.options = options
 
-    @classmethod  # noqa: B027
-    def check(cls, args: "NSOArguments") -> None:
+    def check(self) -> None:  # noqa: B027
         """Raise a `ValueError` for options that do not fit together."""
 
-    @classmethod  # noqa: B027
-    def check_micro_batches(cls, args: "NSOArguments", accumulation: int, copies: int) -> None:
+    def check_micro_batches(self, accumulation: int, copies: int) -> None:  # noqa: B027
         """Raise a `ValueError` where an optimizer step has a number of micro-batches, accumulation
         steps x copies of the weights, that the method cannot use."""
 
-    @classmethod
-    def displaces(cls, args: "NSOArguments") -> bool:
+    def displaces(self) -> bool:
         """Whether it ever moves the weights: if not, training is plain."""
         return True
 

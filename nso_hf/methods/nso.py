@@ -16,31 +16,20 @@ and the same expectation, since U and -U are equally likely.
 """
 
 import math
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING
+from collections.abc import Generator
 
 from torch import Tensor
 
 from nso_hf.methods.base import Method, Point, Step
-from nso_hf.noise import Noise
+from nso_hf.methods.options import SIGMA_SCHEDULES
 from nso_hf.refusal import refusal
-
-if TYPE_CHECKING:
-    from nso_hf.arguments import NSOArguments
-
-SIGMA_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: progress,
-    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
-    "exponential": lambda progress: math.expm1(5 * progress) / math.expm1(5),
-}
-"""Name -> share of sigma in use at a `progress` of training in (0, 1]: from ~0 up to 1."""
+from nso_hf.step.noise import Noise
 
 
 class NSO(Method):
     """The average gradient at W + U and W - U."""
 
-    options = frozenset(
+    reads = frozenset(
         {
             "sigma",
             "num_perturbations",
@@ -53,8 +42,8 @@ class NSO(Method):
         }
     )
 
-    @classmethod
-    def check(cls, args: "NSOArguments") -> None:
+    def check(self) -> None:
+        args = self.args
         if args.sign == "alternate":
             rule = "sign='alternate' has one evaluation per micro-batch, at W + U or at W - U"
             both = "or use sign='both'"
@@ -76,10 +65,9 @@ class NSO(Method):
             rule = f"no noise is added at sigma={args.sigma}, clean_weight={args.clean_weight}"
             raise refusal("log_sharpness", True, rule, "Set sigma > 0 and clean_weight < 1")
 
-    @classmethod
-    def check_micro_batches(cls, args: "NSOArguments", accumulation: int, copies: int) -> None:
-        evaluations = 2 * args.num_perturbations
-        if args.sign == "alternate" and accumulation * copies % evaluations:
+    def check_micro_batches(self, accumulation: int, copies: int) -> None:
+        evaluations = 2 * self.args.num_perturbations
+        if self.args.sign == "alternate" and accumulation * copies % evaluations:
             rule = (
                 f"gradient_accumulation_steps ({accumulation}) x copies of the weights ({copies}: "
                 "one per process, or one per group of processes that shard it) must be a multiple "
@@ -90,9 +78,8 @@ class NSO(Method):
             cure = f"Set gradient_accumulation_steps to a multiple of {multiple}"
             raise refusal("sign", "alternate", rule, f"{cure}, or use sign='both'")
 
-    @classmethod
-    def displaces(cls, args: "NSOArguments") -> bool:
-        return args.sigma > 0 and args.clean_weight < 1
+    def displaces(self) -> bool:
+        return self.args.sigma > 0 and self.args.clean_weight < 1
 
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
         lam, k = self.args.clean_weight, self.args.num_perturbations

@@ -283,7 +283,7 @@ def test_the_table_has_one_format_of_numbers(tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [{"text": "abc"}])
     main([str(folder), "--data", str(path), "--output", str(tmp_path / "out"), *QUICK])
     figures = json.loads((tmp_path / "out/results.json").read_text())["checkpoints"][str(folder)]
-    from nso_hf.figures import with_error
+    from nso_hf.running.figures import with_error
 
     shown = with_error(figures["trace"]["estimate"], figures["trace"]["stderr"])
     assert shown in capsys.readouterr().out

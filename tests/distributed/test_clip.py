@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 import torch
 
-from tests.clip.reference import image_rows, pair_data, reference_clip, tiny_clip
 from tests.distributed.back_ends import assert_is
 from tests.distributed.launch import launch, launched
+from tests.tasks.clip.reference import image_rows, pair_data, reference_clip, tiny_clip
 
 pytestmark = pytest.mark.distributed
 
@@ -43,9 +43,9 @@ def cases_of(back_end):
     return CASES if back_end.startswith("zero") else {"clip": CASES["clip"], **DOUBLE}
 
 
-# float32: gradients reach 16 and are up to 3e-6 of that apart (tests/clip/test_loss.py), times a
-# rate of 0.001 and three steps, of which the later ones start where the earlier ones ended; the
-# weights move by 0.01. float64: roundings of 1e-16 in the same places.
+# float32: gradients reach 16 and are up to 3e-6 of that apart (tests/tasks/clip/test_loss.py),
+# times a rate of 0.001 and three steps, of which the later ones start where the earlier ones ended;
+# the weights move by 0.01. float64: roundings of 1e-16 in the same places.
 TOLERANCE = {"float32": 1e-6, "float64": 1e-9}
 
 
@@ -116,11 +116,11 @@ def test_alternating_signs_need_shared_weights(run, back_end):
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_evaluation_and_curvature_are_those_of_one_process(run, back_end, tmp_path):
-    from nso_hf.clip.pairs import Fields
-    from nso_hf.clip.table import Table
-    from nso_hf.clip.trainer import CLIPTrainer
     from nso_hf.curvature import hessian_trace
-    from tests.clip.reference import clip_config
+    from nso_hf.tasks.clip.pairs import Fields
+    from nso_hf.tasks.clip.table import Table
+    from nso_hf.tasks.clip.trainer import CLIPTrainer
+    from tests.tasks.clip.reference import clip_config
 
     ranks = run(back_end, "clip")
     clip = tiny_clip()

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.launch import ENVIRONMENT, free_port, run_processes
-from tests.test_cot_recipe import flags
+from tests.recipes.test_cot_recipe import flags
 from tests.tiny_models import save_model
 
 pytestmark = pytest.mark.distributed

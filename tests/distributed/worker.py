@@ -25,7 +25,7 @@ from nso_hf.curvature import (
     pac_bayes_bound,
     training_batches,
 )
-from nso_hf.noise import Noise
+from nso_hf.step.noise import Noise
 from tests.distributed.back_ends import (
     BACK_ENDS,
     allow_fsdp_on_cpu,
@@ -362,10 +362,10 @@ def watch(case, directory):
 
 def clip(case, directory):
     """A model of open_clip trained on the global batch, then evaluated and measured."""
-    from nso_hf.clip.pairs import Fields
-    from nso_hf.clip.table import Table
-    from nso_hf.clip.trainer import CLIPTrainer
-    from tests.clip.reference import clip_config, image_rows, pair_data, tiny_clip
+    from nso_hf.tasks.clip.pairs import Fields
+    from nso_hf.tasks.clip.table import Table
+    from nso_hf.tasks.clip.trainer import CLIPTrainer
+    from tests.tasks.clip.reference import clip_config, image_rows, pair_data, tiny_clip
 
     kind, dtype = case.pop("kind", "clip"), getattr(torch, case.pop("dtype", "float32"))
     resume = case.pop("resume", None)

@@ -1,0 +1,83 @@
+"""What a finished run shows: a table in the terminal, and the titles of its plot."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nso_hf.running.figures import with_error
+from nso_hf.running.plots import measured_before, plot_training
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PACKAGES = ("matplotlib", "rich")  # of the extra "recipes", needed at a run's end
+
+_MEASURES = {
+    "accuracy": "accuracy",
+    "contains_answer": "contains the answer",
+    "correct_format": "correct format",
+    "complete": "complete",
+}
+
+_CURVATURE = {
+    "trace of the Hessian": ("curvature/trace", "curvature/trace_stderr"),
+    "largest eigenvalue": ("curvature/lambda_max", "curvature/lambda_max_residual"),
+}
+
+TITLES = {
+    "loss": "Loss per token, nats",
+    "eval_accuracy": "Validation accuracy",
+    "nso/perturbation_norm": "Norm of the perturbation applied",
+}
+
+
+def report(results: Mapping[str, Any], output: Path) -> None:
+    """Write results.json and training.png to `output` and print a table: of the test questions and
+    of the curvature, before and after training, and of the "plain" training where there was one."""
+    from rich.console import Console
+
+    text = json.dumps(results, indent=2) + "\n"
+    (output / "results.json").write_text(text, encoding="utf-8")
+    log, plain = results["log"], results.get("plain")
+    plot_training(log, output / "training.png", TITLES, 1.0, plain["log"] if plain else ())
+    console = Console(markup=False, emoji=False)
+    console.print(_table(results))
+    for name in ("loss", "nso/sigma", "nso/perturbation_norm", "nso/trace_estimate"):
+        values = [entry[name] for entry in log if name in entry]
+        if values:
+            console.print(f"{name}: {values[0]:.4g} in the first log, {values[-1]:.4g} in the last")
+    console.print("Written:")
+    for name in ("results.json", "predictions.jsonl", "training.png"):
+        console.print(f"  {output / name}", soft_wrap=True)
+
+
+def _table(results: Mapping[str, Any]) -> "Table":
+    from rich.table import Table
+
+    after, plain = results["after"], results.get("plain")
+    columns = {
+        "before": (results["before"], measured_before(results["log"])),
+        "NSO" if plain else "after": (after, results["curvature"]),
+        "plain": (plain["after"], plain["curvature"]) if plain else (None, None),
+    }
+    columns = {name: column for name, column in columns.items() if any(column)}
+    table = Table(title=f"Test, {after['questions']:.0f} held-out questions")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for measure, title in _MEASURES.items():
+        table.add_row(title, *(_share(answered, measure) for answered, _ in columns.values()))
+    if results["curvature"]:
+        for title, (value, error) in _CURVATURE.items():
+            cells = [with_error(c[value], c[error]) if c else "" for _, c in columns.values()]
+            table.add_row(title, *cells)
+    return table
+
+
+def _share(answered: Mapping[str, float] | None, measure: str) -> str:
+    if answered is None:
+        return ""
+    count = round(answered[measure] * answered["questions"])
+    error = f" ± {answered['accuracy_stderr']:.1%}" if measure == "accuracy" else ""
+    return f"{answered[measure]:.1%}{error} ({count})"
