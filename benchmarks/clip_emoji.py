@@ -29,7 +29,7 @@ from nso_hf.tasks.clip.sources import open_pairs
 from nso_hf.tasks.clip.stream import PairStream
 from nso_hf.tasks.clip.trainer import CLIPTrainer
 
-MODEL = Path(__file__).parent.parent / "recipes" / "configs" / "vit-tiny-64.json"
+MODEL = "vit-tiny-64"
 BATCH = 128
 WAYS = {
     "AdamW, same epochs": {"sigma": 0.0},
@@ -63,7 +63,7 @@ def run(way: str, seed: int, epochs: int, data: Path) -> dict[str, float]:
     """One training and its measures."""
     options = dict(WAYS[way])
     torch.manual_seed(seed)
-    clip = load_clip(str(MODEL))
+    clip = load_clip(MODEL)
     shards = f"{data}/google.tar::{data}/twitter.tar"
     train = open_pairs(shards, Fields())
     test = open_pairs(f"{data}/openmoji.tar", Fields(label="group"))

@@ -1,6 +1,6 @@
 """Steps of the CLIP recipe against those of open_clip's own training loop.
 
-    python -m benchmarks.clip_throughput --data 'SHARDS' [--model recipes/configs/vit-tiny-64.json]
+    python -m benchmarks.clip_throughput --data 'SHARDS' [--model vit-tiny-64]
         [--batch 128] [--steps 30] [--rounds 3]
 
 The same model, shards, batch, optimizer and augmentation; open_clip's loop is its own
@@ -129,7 +129,7 @@ def run(way: str, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="shards, as open_clip names them")
-    parser.add_argument("--model", default="recipes/configs/vit-tiny-64.json")
+    parser.add_argument("--model", default="vit-tiny-64")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)

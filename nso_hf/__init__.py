@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from nso_hf.arguments import NSOArguments, NSOConfig, NSOSeq2SeqConfig
     from nso_hf.trainer import NSOSeq2SeqTrainer, NSOTrainer, NSOTrainerMixin
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "NSOArguments",

@@ -22,9 +22,14 @@ from nso_hf.refusal import refusal
 from nso_hf.step.edits import edits_refused
 from nso_hf.step.generation import check_generates_nothing, generation_refused
 from nso_hf.step.perturbation import Perturbation, borrowed
-from nso_hf.step.selection import check_patterns, nothing_to_perturb, select_perturbed
+from nso_hf.step.selection import (
+    check_patterns,
+    nothing_to_perturb,
+    parameters_beside,
+    select_perturbed,
+)
 from nso_hf.step.side_effects import SideEffects, copied
-from nso_hf.step.weighting import weighted_backward
+from nso_hf.step.weighting import check_steps_afterwards, weighted_backward
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -108,6 +113,11 @@ class NSOTrainerMixin(_Base):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         # Called once per optimizer step, for all its micro-batches.
         self._nso_check_was_called()
+        if self.state.global_step >= self.state.max_steps:
+            # The Trainer takes one more step where it resumes a training that ended in an epoch.
+            self._nso_is_awaited = False
+            self.control.should_training_stop = True
+            return [], None
         self._nso_micro_batch = 0
         self._nso_weights = None
         if (
@@ -135,14 +145,6 @@ class NSOTrainerMixin(_Base):
             self._nso_weights, self._nso_all_weights, self._nso_side_effects = None, [], None
         self._nso_check_was_called()
         return result
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The Trainer takes one more step where it resumes a training that ended within an epoch.
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
-        else:
-            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self.control.should_training_stop = True
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         # Once for all evaluations of a micro-batch, at W.
@@ -214,10 +216,10 @@ class NSOTrainerMixin(_Base):
         weight; returns the loss."""
         with ExitStack() as stack:
             if not point.last:
-                stack.enter_context(self._nso_unnoticed(step, model, point))
                 share = 1 if point.weight else _FORWARD_SHARE
                 flops = share * float(self.floating_point_ops(inputs))
                 self.current_flos += flops  # type: ignore[assignment]
+                stack.enter_context(self._nso_unnoticed(step, model, point))
             if not point.last or point.displacement is not None:
                 every, displaced = self._nso_all_weights, step.weights
                 stack.enter_context(edits_refused(every, displaced, self._nso_is_first))
@@ -247,11 +249,20 @@ class NSOTrainerMixin(_Base):
         accumulation, copies = self.args.gradient_accumulation_steps, self.nso_backend.num_copies
         method = self.nso_args.chosen_method()
         method.check_micro_batches(accumulation, copies)
-        self._nso_all_weights = self.nso_backend.weights()
+        self._nso_all_weights = self.nso_backend.weights(self._nso_beside(model))
         check_patterns(self._nso_all_weights, self.nso_args)
         if not method.displaces():
             return []
+        check_steps_afterwards((weight.name, weight.parameter) for weight in self._nso_all_weights)
         return select_perturbed(self._nso_all_weights, self.nso_args)
+
+    def _nso_beside(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """What the optimizer updates beside the model: at first, what it may."""
+        beside = list(parameters_beside(self, self.accelerator.unwrap_model(model)))
+        if not beside or self.optimizer is None:
+            return beside
+        optimised = self.nso_backend.optimised(self.optimizer)
+        return [(name, parameter) for name, parameter in beside if id(parameter) in optimised]
 
     def _nso_select_for_training(self, model: nn.Module) -> list[Weight]:
         selected = self._nso_select(model)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nso_hf.tasks.clip.pairs import Pairs
     from nso_hf.tasks.clip.trainer import CLIPTrainer
 
+CONFIGS = Path(__file__).with_name("configs")
 OPTIONS = [ModelOptions, DataOptions, EvaluationOptions, CLIPConfig]
 PACKAGES = ("open_clip", "webdataset", "datasets", "sklearn", "matplotlib", "rich")
 
@@ -193,7 +194,8 @@ def measured(
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = RecipeParser(OPTIONS, description=__doc__.split("\n")[0]).parse(argv)
+    parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0], configs=CONFIGS)
+    options = parser.parse(argv)
     needs("clip_pretraining.py", "clip", *PACKAGES)
     pretrain(*options)
 

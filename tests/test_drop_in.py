@@ -111,7 +111,6 @@ def test_the_mixin_overrides_only_what_it_means_to():
     overrides = {name for name in shared if not name.startswith("__")}
     assert overrides == {
         "_prepare_inputs",
-        "_run_epoch",
         "create_accelerator_and_postprocess",
         "get_batch_samples",
         "log",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from nso_hf import NSOTrainer
 from nso_hf.running.checkpoints import last_complete_checkpoint
+from tests.older import IS_VERSION_4
 from tests.reference import config, tiny_llama, token_data
 
 OPTIONS = {
@@ -94,6 +95,7 @@ print("finished", last, flush=True)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(IS_VERSION_4, reason="its Trainer resumes with other data in later epochs")
 def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 

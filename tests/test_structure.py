@@ -5,6 +5,7 @@ import ast
 import importlib
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,10 @@ def reached_from(modules, graph):
 def test_imports_go_one_way():
     graph = import_graph()
     wings = {wing(module) for module in graph}
-    assert wings == {*ENGINE, *BESIDE, "moved", ""}, "say here what a new wing may import"
+    assert wings == {*ENGINE, *BESIDE, "__main__", "moved", ""}, "say what a new wing may import"
     allowed = {name: set(ENGINE[:place]) for place, name in enumerate(ENGINE)} | BESIDE
     allowed |= {"moved": set(), "": {"moved", "arguments", "trainer"}}
+    allowed["__main__"] = {"", "running"}
     for module, imports in graph.items():
         for imported in imports:
             name = wing(module)
@@ -155,3 +157,15 @@ def test_no_string_stands_alone():
                         statement.value, (ast.Constant, ast.JoinedStr)
                     )
                     assert not is_string, f"{path.name}:{statement.lineno}"
+
+
+def test_what_is_installed_is_what_is_there():
+    """setuptools cannot look for packages and take some from elsewhere: so they are listed."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+        for path in PACKAGE.rglob("__init__.py")
+    }
+    elsewhere = settings["package-dir"]
+    assert settings["packages"] == sorted(found | elsewhere.keys())
+    assert all((PACKAGE.parent / folder).is_dir() for folder in elsewhere.values())

@@ -1,15 +1,25 @@
 """What the rest of the library asks of a back end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nso_hf.refusal import Refusal, refusal
+
+HOOKS = {
+    "deepspeed",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "transformers.distributed",
+    "transformers.trainer",
+}
+"""Modules whose hooks on a gradient reduce it, and do not step an optimizer."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,18 @@ class Backend(ABC):
         self.num_processes = self.num_copies = accelerator.num_processes
         self.process_index = self.copy = accelerator.process_index
 
-    def weights(self) -> list[Weight]:
-        """Every parameter of the model, tied ones once, as this process holds it."""
+    def weights(self, beside: Iterable[tuple[str, nn.Parameter]] = ()) -> list[Weight]:
+        """Every parameter of the model, tied ones once, as this process holds it, and those
+        `beside` it, as of a loss."""
         model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
         return [
             self._held(_as_written(name), index, parameter)
-            for index, (name, parameter) in enumerate(model.named_parameters())
+            for index, (name, parameter) in enumerate((*model.named_parameters(), *beside))
         ]
+
+    def optimised(self, optimizer: Any) -> set[int]:
+        """The ids of the parameters that an optimizer of Accelerate's updates."""
+        return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
     def _held(self, name: str, index: int, parameter: nn.Parameter) -> Weight:
         """The part of one parameter that this process holds: here, all of it."""

@@ -37,6 +37,13 @@ class DeepSpeed(Backend):
         data = held.ds_tensor.data.narrow(0, 0, size)
         return Weight(name, index, parameter, data, start, held.ds_shape)
 
+    def optimised(self, optimizer: Any) -> set[int]:
+        zero = self._engine.optimizer if self._engine is not None else None
+        groups = getattr(zero, "bit16_groups", None) or getattr(zero, "fp16_groups", None)
+        if groups is None:
+            return super().optimised(optimizer)
+        return {id(parameter) for group in groups for parameter in group}
+
     def discard_gathered(self) -> None:
         # Small weights stay gathered from one pass to the next, as long as the optimizer has not
         # stepped.

@@ -6,7 +6,7 @@ what is perturbed, before the cast. A forward pass gathers them; the root's stay
 forward pass without a backward pass, and would be used again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,9 +38,9 @@ class FSDP2(Backend):
         offloads = isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
         self.name = "FSDP2, offloaded to the CPU" if offloads else "FSDP2"
 
-    def weights(self) -> list[Weight]:
+    def weights(self, beside: Iterable[tuple[str, nn.Parameter]] = ()) -> list[Weight]:
         self.discard_gathered()  # while gathered, the parameters are other tensors
-        weights = super().weights()
+        weights = super().weights(beside)
         self._parameters = [weight.parameter for weight in weights]
         return weights
 

@@ -9,6 +9,7 @@ checkpoint.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -36,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     made = _Parser(
-        prog="python -m nso_hf.curvature",
+        prog=sys.argv[0] if sys.argv[0].startswith("nso ") else "python -m nso_hf.curvature",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

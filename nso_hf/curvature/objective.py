@@ -18,9 +18,10 @@ from nso_hf.curvature.batches import Batch, training_batches
 from nso_hf.curvature.parameters import Selection, left_out, select_measured
 from nso_hf.curvature.vectors import Vectors
 from nso_hf.refusal import refusal
+from nso_hf.step.counts import counts_kept
 from nso_hf.step.generators import generators_of
 from nso_hf.step.perturbation import Perturbation, borrowed
-from nso_hf.step.side_effects import Buffers, bookkeeping_kept, copied, random_state_kept
+from nso_hf.step.side_effects import Buffers, copied, random_state_kept
 
 _DIFFERENCE = 1e-4  # relative, between two losses at the same weights: rounding is far below
 
@@ -116,7 +117,7 @@ class Objective:
             stack.enter_context(_in_evaluation_mode(self._model))
             stack.enter_context(Buffers(self._model).kept())
             if self._trainer is not None:
-                stack.enter_context(bookkeeping_kept(self._trainer))
+                stack.enter_context(counts_kept(self._trainer))
             if self.backend.differentiates_twice:
                 wanted = {weight.index for weight in self.weights}
                 stack.enter_context(_requiring_gradients(self._every, wanted))

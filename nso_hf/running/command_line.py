@@ -82,7 +82,9 @@ class RecipeParser(HfArgumentParser):
     shows all. Errors are one line, since either is longer than a screen.
     """
 
-    def __init__(self, dataclass_types: Sequence[Any], **kwargs: Any) -> None:
+    def __init__(
+        self, dataclass_types: Sequence[Any], configs: Path | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(
             dataclass_types,
             allow_abbrev=False,
@@ -91,9 +93,12 @@ class RecipeParser(HfArgumentParser):
             **kwargs,
         )
         self.help_is_whole = False
+        self._configs = configs  # a folder of files that are found by name
+        names = ", ".join(sorted(path.stem for path in configs.glob("*.yaml"))) if configs else ""
+        named = f", or the name of one that is installed: {names}" if names else ""
         self.add_argument("--help_all", action=_HelpAll, help="Show all training options too.")
         self.add_argument(
-            "--config", metavar="FILE", help="YAML file of options; flags override it."
+            "--config", metavar="FILE", help=f"YAML file of options{named}; flags override it."
         )
         for action in self._actions:
             if action.dest == "resume_from_checkpoint":
@@ -138,7 +143,7 @@ class RecipeParser(HfArgumentParser):
         first.add_argument("--config")
         config, _ = first.parse_known_args(argv)
         if config.config is not None:
-            self._set_defaults_from(Path(config.config))
+            self._set_defaults_from(self._config_file(config.config))
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             self._refuse_unknown(unknown[0])
@@ -155,6 +160,10 @@ class RecipeParser(HfArgumentParser):
             raise
         except ValueError as error:  # of the training arguments' own checks
             raise Refusal(str(error)) from error
+
+    def _config_file(self, asked: str) -> Path:
+        named = self._configs / f"{asked}.yaml" if self._configs is not None else Path(asked)
+        return named if named.is_file() and not Path(asked).is_file() else Path(asked)
 
     def _set_defaults_from(self, path: Path) -> None:
         known = {action.dest: action for action in self._actions}

@@ -40,7 +40,12 @@ def read_config(
         ValueError: the file is no YAML mapping of known options to values of their types.
     """
     if not path.is_file():
-        raise refusal("config", str(path), "no such file", "Give the path of a YAML file")
+        raise refusal(
+            "config",
+            str(path),
+            "no such file",
+            "Give the path of a YAML file, or a name that --help lists",
+        )
     cure = "Write 'option: value' lines"
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))

@@ -18,23 +18,29 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def edits_refused(
     every: Sequence[Weight], displaced: Sequence[Weight], is_thorough: bool
 ) -> Iterator[None]:
-    """Refuse a pass inside that writes to any weight of the model in place; with `is_thorough` also
-    one that writes to a displaced one through `.data`, for two readings of these.
+    """Refuse a pass inside that writes to any weight of the model in place, or puts another tensor
+    there; with `is_thorough` also one that writes to a displaced one through `.data`, for two
+    readings of these.
 
     Raises:
         ValueError: the pass wrote to a weight.
     """
     watched = [weight for weight in every if _is_whole(weight)]
-    versions = [weight.parameter._version for weight in watched]
+    seen = [_seen(weight.parameter) for weight in watched]
     sums = _checksums(displaced) if is_thorough else None
     yield
-    for weight, version in zip(watched, versions, strict=True):
-        if weight.parameter._version != version:
+    for weight, earlier in zip(watched, seen, strict=True):
+        if _seen(weight.parameter) != earlier:
             raise _refusal(weight)
     if sums is not None:
         for weight, before, after in zip(displaced, sums, _checksums(displaced), strict=True):
             if before != after:
                 raise _refusal(weight)
+
+
+def _seen(parameter: Tensor) -> tuple[int, int]:
+    """What changes when it is written to in place, or when another tensor takes its place."""
+    return parameter._version, parameter.data_ptr()
 
 
 def _is_whole(weight: Weight) -> bool:

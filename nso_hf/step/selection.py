@@ -1,9 +1,10 @@
 """Which weights are perturbed, and whether they can be."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nso_hf.backends import Weight
@@ -55,6 +56,22 @@ def check_patterns(weights: Sequence[Weight], args: SelectionOptions) -> None:
                 names = ", ".join(weight.name for weight in weights[:3])
                 cure = f"Use part of a parameter's name, such as {names}"
                 raise refusal(option, pattern, "matches no parameter", cure)
+
+
+def parameters_beside(trainer: object, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trainable parameters of modules that the trainer holds beside its model, as a loss with
+    weights of its own: name, from that of the attribute, and parameter."""
+    seen = {id(parameter) for parameter in model.parameters()}
+    for attribute, value in vars(trainer).items():
+        held = value if isinstance(value, dict) else {"": value}
+        for key, module in held.items():
+            if not isinstance(module, nn.Module):
+                continue
+            prefix = f"{attribute}.{key}" if key else attribute
+            for name, parameter in module.named_parameters(prefix):
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield name, parameter
 
 
 def select_perturbed(weights: Sequence[Weight], args: SelectionOptions) -> list[Weight]:

@@ -13,17 +13,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from nso_hf.refusal import refusal
+from nso_hf.step.counts import counts_kept
 from nso_hf.step.generators import Generator, generators_of, set_state, state_of
 
 logger = logging.get_logger(__name__)
-
-_BOOKKEEPING = (
-    "_metrics",
-    "_stored_metrics",
-    "_total_train_tokens",
-    "accum_loss_components",
-)
-"""What trainers of TRL and sentence-transformers add to in every call of `compute_loss`."""
 
 _LARGE = 2**16  # elements; a buffer of more is copied only if passes change it
 
@@ -112,21 +105,6 @@ class Buffers:
                 )
 
 
-@contextmanager
-def bookkeeping_kept(trainer: object) -> Iterator[None]:
-    """Figures that the trainer itself collects in each pass are as before afterwards."""
-    kept: dict[str, Any] = {
-        name: copy.deepcopy(getattr(trainer, name))
-        for name in _BOOKKEEPING
-        if hasattr(trainer, name)
-    }
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(trainer, name, value)
-
-
 def copied(inputs: Any) -> Any:
     """A batch of its own for a pass that may edit it: tensors, containers and caches.
 
@@ -173,7 +151,7 @@ class SideEffects:
         own."""
         with ExitStack() as stack:
             stack.enter_context(self._buffers.kept())
-            stack.enter_context(bookkeeping_kept(self._trainer))
+            stack.enter_context(counts_kept(self._trainer))
             if keep_random_state:
                 stack.enter_context(random_state_kept(devices, self._generators))
             yield

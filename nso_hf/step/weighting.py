@@ -1,12 +1,13 @@
-"""Gradients that are added with a weight."""
+"""Gradients that are added with a weight, before the optimizer steps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from nso_hf.backends import HOOKS
 from nso_hf.refusal import refusal
 
 
@@ -40,3 +41,23 @@ def weighted_backward(accelerator: Accelerator, weight: float, trainer: type) ->
         rule = "it does not call accelerator.backward, so its gradient cannot be weighted"
         cure = "Write self.accelerator.backward(loss) for loss.backward() in it"
         raise refusal("training_step", trainer.__qualname__, rule, cure)
+
+
+def check_steps_afterwards(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """
+    Raises:
+        ValueError: a hook on the gradient of a parameter may step an optimizer in the backward
+            pass: its update would be undone with the displacement.
+    """
+    for name, parameter in parameters:
+        hooks = list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+        foreign = [hook for hook in hooks if not _is_of(HOOKS, getattr(hook, "__module__", ""))]
+        if foreign or hasattr(parameter, "_in_backward_optimizers"):
+            hook = getattr(foreign[0], "__qualname__", foreign[0]) if foreign else "optimizer"
+            rule = f"{hook} runs in the backward pass, where it would update displaced weights"
+            cure = "Use an optimizer that steps after the backward pass, as adamw_torch"
+            raise refusal("hook on the gradient of", name, rule, cure)
+
+
+def _is_of(packages: Iterable[str], module: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)

@@ -12,9 +12,12 @@ from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArgumen
 from transformers.trainer_callback import TrainerCallback as Callback
 
 from nso_hf import NSOTrainer, NSOTrainerMixin
+from nso_hf.step.counts import counts_kept
 from nso_hf.step.generators import generators_of
+from nso_hf.step.noise import Noise
+from nso_hf.step.selection import parameters_beside
 from nso_hf.step.side_effects import Buffers, copied
-from tests.reference import config
+from tests.reference import config, whole_noise
 
 SIGMA = 0.05
 STILL = {"learning_rate": 0.0, "max_grad_norm": 0.0, "optim": "sgd"}
@@ -318,7 +321,7 @@ class Edits(Trainer):
     """Edits its batch in place, however deep."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.batches.append(
+        self.seen.batches.append(
             (inputs["x"].clone(), inputs["more"][0]["n"].clone(), list(inputs["more"][1]))
         )
         inputs["x"] += torch.randn_like(inputs["x"])
@@ -328,8 +331,15 @@ class Edits(Trainer):
         return super().compute_loss(model, {"x": inputs["x"], "labels": labels})
 
 
+class Seen:
+    """What is noted here stays; a list of the trainer's would be as before after each pass."""
+
+    def __init__(self):
+        self.batches = []
+
+
 class NSOEdits(NSOTrainerMixin, Edits):
-    batches: list
+    seen: Seen
 
 
 def test_every_pass_sees_the_batch_as_it_came(tmp_path):
@@ -339,13 +349,14 @@ def test_every_pass_sees_the_batch_as_it_came(tmp_path):
 
     args = config(tmp_path, remove_unused_columns=False, num_perturbations=2)
     trainer = NSOEdits(Net(), args, train_dataset=regression(), data_collator=collate)
-    trainer.batches = []
+    trainer.seen = Seen()
     trainer.train()
-    assert len(trainer.batches) == 12
+    batches = trainer.seen.batches
+    assert len(batches) == 12
     for i in range(0, 12, 4):
-        x, n, grown = trainer.batches[i]
+        x, n, grown = batches[i]
         assert not n.any() and grown == []
-        for other in trainer.batches[i + 1 : i + 4]:
+        for other in batches[i + 1 : i + 4]:
             assert torch.equal(other[0], x) and torch.equal(other[1], n) and other[2] == grown
 
 
@@ -618,3 +629,168 @@ def test_signatures_are_those_of_the_trainers():
     assert inspect.signature(NSOTrainer) == inspect.signature(Trainer)
     assert inspect.signature(NSOSeq2SeqTrainer) == inspect.signature(Seq2SeqTrainer)
     assert list(inspect.signature(Heir).parameters) == ["extra", "kwargs"]
+
+
+class Counts(Trainer):
+    """Counts tokens as axolotl does, and collects metrics as TRL does."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not hasattr(self.state, "tokens"):
+            self.state.tokens = {"total": torch.zeros(()), "trained": 0}
+        self.state.tokens["total"] += inputs["x"].numel()
+        self.state.tokens["trained"] += 1
+        self._metrics["train"]["norm"].append(float(inputs["x"].norm()))
+        self.long.append(0)
+        self.last = float(inputs["x"].sum())
+        self.pair = (self.pair[0] + 1, "text")
+        self.recent.append(self.pair[0])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class NSOCounts(NSOTrainerMixin, Counts):
+    pass
+
+
+def test_what_a_trainer_counts_it_counts_once(tmp_path):
+    """By what it is, not by its name: numbers, tensors and containers of them, new or there
+    before, of the trainer and of its state."""
+    counted = []
+    for trainer_class, options in [(Counts, {"sigma": 0.0}), (NSOCounts, {"num_perturbations": 3})]:
+        args = config(tmp_path, gradient_accumulation_steps=2, **options)
+        trainer = trainer_class(Net(), args, train_dataset=regression())
+        trainer._metrics = {"train": collections.defaultdict(list), "eval": {}}
+        trainer.long, trainer.pair = [0] * 500, (0, "text")
+        metrics, trainer.recent = trainer._metrics, collections.deque(maxlen=3)
+        trainer.train()
+        assert trainer._metrics is metrics  # the same containers, for who holds them
+        lengths = len(trainer.long), list(trainer.recent), trainer.pair, trainer.last
+        counted.append((trainer.state.tokens, metrics, lengths))
+    assert counted[0] == counted[1]
+    assert counted[0][0] == {"total": 6 * 4 * 6, "trained": 6}
+
+
+def test_objects_of_a_trainer_are_left_alone():
+    class Holder:
+        pass
+
+    trainer = Holder()
+    trainer.model, trainer.objects, trainer.cache = nn.Linear(2, 2), [Holder()], {}
+    trainer._nso_micro_batch = 0
+    with counts_kept(trainer):
+        trainer.objects.append(Holder())
+        trainer.cache["key"] = made = Holder()
+        trainer.model.weight.data.fill_(1.0)
+        trainer._nso_micro_batch = 1
+        trainer.new_model = nn.Linear(2, 2)
+    assert len(trainer.objects) == 2 and trainer.cache == {"key": made}
+    assert trainer.model.weight.eq(1.0).all() and trainer._nso_micro_batch == 1
+    assert trainer.new_model is not None
+
+
+class Projected(nn.Module):
+    """Puts another tensor in a weight's place in each forward pass, as peft's CPT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        self.inner.weight.data = self.inner.weight.data / self.inner.weight.data.norm()
+        return self.inner(hidden)
+
+
+def test_a_weight_that_a_pass_replaces_is_refused(tmp_path):
+    rule = "parameter='layer.inner.weight': the model or its trainer writes to it"
+    with pytest.raises(ValueError, match=rule):
+        train(Net(Projected()), tmp_path)
+
+
+class StepsInHooks(torch.optim.SGD):
+    """Updates each weight as soon as its gradient is there."""
+
+    def __init__(self, model, lr):
+        super().__init__(model.parameters(), lr=lr)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self.update)
+
+    def update(self, parameter):
+        parameter.data.add_(parameter.grad, alpha=-0.1)
+        parameter.grad = None
+
+    def step(self, closure=None):
+        pass
+
+
+def test_an_optimizer_that_steps_in_hooks_is_refused_when_the_trainer_is_built(tmp_path):
+    model = Net()
+    optimizers = (StepsInHooks(model, 0.1), None)
+    rule = r"hook on the gradient of='body.weight': StepsInHooks.update runs in the backward pass"
+    with pytest.raises(ValueError, match=rule):
+        NSOTrainer(model, config(tmp_path), train_dataset=regression(), optimizers=optimizers)
+    options = {"train_dataset": regression(), "optimizers": optimizers}
+    NSOTrainer(model, config(tmp_path, sigma=0.0), **options).train()  # plain training is as before
+
+
+class Classifier(nn.Module):
+    """A loss with weights of its own, as SoftmaxLoss of sentence-transformers has."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.scale = nn.Linear(1, 1)
+
+
+class WithLoss(Trainer):
+    def create_optimizer(self, *args, **kwargs):
+        parameters = [*self.model.parameters(), *self.loss.scale.parameters()]
+        self.optimizer = torch.optim.SGD(parameters, lr=0.5)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.notes.moved.append(self.loss.scale.weight.detach().clone())
+        loss = model(**inputs)["loss"]
+        return self.loss.scale(loss.view(1, 1)).square().sum()
+
+
+class NSOWithLoss(NSOTrainerMixin, WithLoss):
+    pass
+
+
+class Notes:
+    def __init__(self):
+        self.moved = []
+
+
+def test_weights_of_the_loss_are_perturbed_as_those_of_the_model(tmp_path):
+    model = Net()
+    args = config(tmp_path, max_steps=2, lr_scheduler_type="constant", max_grad_norm=0.0)
+    trainer = NSOWithLoss(model, args, train_dataset=regression())
+    trainer.loss, trainer.notes = Classifier(model), Notes()
+    trainer.teacher = nn.Linear(3, 3)  # requires gradients, but nobody trains it
+    trainer.args.sigma = SIGMA
+    trainer.train()
+    above, below = trainer.notes.moved[:2]
+    middle = (above + below) / 2
+    assert not torch.equal(above, below)
+    names = [name for name, _ in parameters_beside(trainer, model)]
+    assert names == ["loss.scale.weight", "loss.scale.bias", "teacher.weight", "teacher.bias"]
+    index = len(list(model.parameters()))  # the noise of the parameter after the model's
+    U = whole_noise(trainer.loss.scale.weight, index, Noise(42, 0, 0, SIGMA))
+    torch.testing.assert_close(above - middle, U, rtol=1e-4, atol=1e-7)
+
+
+def test_patterns_choose_weights_of_the_loss(tmp_path):
+    model = Net()
+
+    class Built(NSOWithLoss):
+        def __init__(self, *args, **kwargs):
+            self.loss, self.notes = Classifier(model), Notes()
+            super().__init__(*args, **kwargs)
+
+    args = config(tmp_path, max_steps=1, sigma=SIGMA, perturb_include=["loss.scale"])
+    trainer = Built(model, args, train_dataset=regression())
+    before = model.look()
+    trainer.train()
+    assert all(torch.equal(weight, before) for weight in model.seen)
+    above, below = trainer.notes.moved
+    assert not torch.equal(above, below)

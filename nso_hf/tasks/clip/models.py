@@ -77,8 +77,8 @@ def load_clip(
     """A model of open_clip in float32.
 
     Args:
-        name: of open_clip's models, or the path of a JSON file that describes one, or
-            'local-dir:FOLDER', 'hf-hub:ID'.
+        name: of open_clip's models or of those in `model_configs`, or the path of a JSON file that
+            describes one, or 'local-dir:FOLDER', 'hf-hub:ID'.
         pretrained: a tag of open_clip's, or a file of weights; without it the weights are random.
         image_size: other than the model's; position embeddings are interpolated.
         siglip: with a bias of the logits, as the sigmoid loss needs.
@@ -178,7 +178,8 @@ def _answer_to_the_trainer(model: nn.Module) -> None:
 
 def _config(name: str) -> tuple[str, dict[str, Any]]:
     """The name open_clip knows the model by, and its architecture."""
-    path = Path(name)
+    own = Path(__file__).with_name("model_configs") / f"{name}.json"
+    path = own if own.is_file() else Path(name)
     if path.suffix == ".json":
         if not path.is_file():
             raise refusal("model", name, "no such file", "Give the path of a JSON file")

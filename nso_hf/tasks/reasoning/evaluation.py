@@ -36,6 +36,11 @@ class Evaluation:
         lines = [json.dumps(prediction) + "\n" for prediction in self.predictions]
         path.write_text("".join(lines), encoding="utf-8")
 
+    def summary(self) -> dict[str, float]:
+        """The metrics and the counts they stand for."""
+        counts = {"correct": self.count("correct"), "questions": len(self.predictions)}
+        return counts | self.metrics
+
     @property
     def metrics(self) -> dict[str, float]:
         """Shares of the questions in [0, 1]; `accuracy_stderr` is the binomial standard error."""

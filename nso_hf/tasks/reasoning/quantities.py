@@ -205,4 +205,4 @@ def _named(text: str) -> str:
 def _unit(text: str) -> tuple[str, ...]:
     """The words up to the first punctuation, without the plural's s."""
     words = re.split(r"[.,;:!?()]", _named(text), maxsplit=1)[0].casefold().split()
-    return tuple(word.rstrip("s") for word in words)
+    return tuple(re.sub(r"(?<!s)s$", "", word) for word in words)

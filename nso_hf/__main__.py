@@ -1,0 +1,77 @@
+"""The command `nso`: recipes and measurements by name."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+COMMANDS = {
+    "cot": ("nso_hf.recipes.cot_finetuning", "fine-tune a language model on chains of thought"),
+    "clip": ("nso_hf.recipes.clip_pretraining", "pretrain a model of open_clip on captions"),
+    "curvature": ("nso_hf.curvature.__main__", "measure and compare checkpoints"),
+}
+"""Name -> the module whose `main` it is, and what it does."""
+
+_CONFIGS = "accelerate_configs"  # in the package where it is installed, beside it in a checkout
+
+
+def usage() -> str:
+    lines = [f"  {name:<24}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: nso COMMAND [options]",
+            "",
+            "Flat minima for Hugging Face training: Noise Stability Optimization.",
+            "",
+            *lines,
+            f"  {'accelerate-config NAME':<24}print the path of a configuration of accelerate",
+            "",
+            "nso COMMAND --help lists the options of a command, nso --version the version.",
+            "In several processes:",
+            "  accelerate launch --config_file $(nso accelerate-config NAME) -m nso_hf cot ...",
+        ]
+    )
+
+
+def accelerate_config(names: list[str]) -> str:
+    """The path of a configuration that is installed with the library; without a name, all names."""
+    package = Path(__file__).parent
+    folder = next(f for f in (package, package.parent) if (f / _CONFIGS).is_dir()) / _CONFIGS
+    there = sorted(path.stem for path in folder.glob("*.yaml"))
+    if not names:
+        return "\n".join(there)
+    if len(names) > 1 or names[0] not in there:
+        fail(f"accelerate-config={' '.join(names)!r}: unknown. Choose one of {', '.join(there)}.")
+    return str(folder / f"{names[0]}.yaml")
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("--help", "-h"):
+        print(usage())
+    elif name == "--version":
+        from nso_hf import __version__
+
+        print(__version__)
+    elif name == "accelerate-config":
+        print(accelerate_config(words))
+    elif name in COMMANDS:
+        sys.argv = [f"nso {name}", *words]
+        try:
+            module = import_module(COMMANDS[name][0])
+        except KeyboardInterrupt:
+            sys.exit("\nInterrupted.")
+        from nso_hf.running.program import run
+
+        run(module.main)
+    else:
+        fail(f"command={name!r}: unknown. Choose one of {', '.join(COMMANDS)}, accelerate-config.")
+
+
+if __name__ == "__main__":
+    main()
