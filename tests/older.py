@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 from torch.utils.data import SequentialSampler
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
@@ -19,6 +20,7 @@ IS_VERSION_4 = not hasattr(Trainer, "_run_epoch")
 """Its Trainer logs losses with four decimals, and resumes with other data from the second epoch on
 (plain training, too)."""
 
+_SET: dict[str, str] = {}
 _ORIGINAL_SAMPLER = Trainer._get_train_sampler
 
 
@@ -27,6 +29,7 @@ def _takes_new_options(cls):
 
     @functools.wraps(original)
     def initialise(self, *args, **options):
+        _launched_with(options.pop("fsdp", None), options.pop("fsdp_config", None) or {})
         for name, earlier in NEW.items():
             if name in options and name not in {f.name for f in dataclasses.fields(cls)}:
                 value = options.pop(name)
@@ -35,6 +38,24 @@ def _takes_new_options(cls):
         original(self, *args, **options)
 
     cls.__init__ = initialise
+
+
+def _launched_with(fsdp, settings):
+    """FSDP2 was only to be had by environment variables, as `accelerate launch` sets them."""
+    for name in [name for name in os.environ if name in _SET]:
+        del os.environ[name]
+    _SET.clear()
+    if fsdp:
+        _SET.update(
+            ACCELERATE_USE_FSDP="true",
+            FSDP_VERSION=str(settings["version"]),
+            FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+            FSDP_TRANSFORMER_CLS_TO_WRAP=",".join(settings["transformer_layer_cls_to_wrap"]),
+            FSDP_RESHARD_AFTER_FORWARD=str(settings["reshard_after_forward"]).lower(),
+            FSDP_OFFLOAD_PARAMS=str(settings.get("cpu_offload", False)).lower(),
+            FSDP_ACTIVATION_CHECKPOINTING=str(settings.get("activation_checkpointing", False)),
+        )
+        os.environ |= _SET
 
 
 def _sampler(self, *args):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nso_hf.backends.base import Backend, Weight, not_prepared
+from nso_hf.backends.versions import forget_iteration, parameter_groups
 from nso_hf.refusal import refusal
 
 
@@ -67,9 +68,9 @@ class FSDP2(Backend):
         for module in self._sharded_modules():
             state = module._get_fsdp_state()
             if state._is_root:
-                module.reset_iter_state()
+                forget_iteration(module)
             # Unsharded gradients that accumulation holds survive the reset, and `zero_grad`.
-            for parameter in (p for group in state._fsdp_param_groups for p in group.fsdp_params):
+            for parameter in (p for group in parameter_groups(state) for p in group.fsdp_params):
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
@@ -154,7 +155,7 @@ def _replicas(accelerator: Accelerator, model: nn.Module) -> int:
 
 def _set_precision(state: Any, policy: MixedPrecisionPolicy) -> None:
     state._mp_policy = policy
-    for group in state._fsdp_param_groups:
+    for group in parameter_groups(state):
         group.mp_policy = policy
         group._init_mp_dtypes()
         for parameter in group.fsdp_params:  # what it is gathered into is made anew
