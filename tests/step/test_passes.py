@@ -724,7 +724,7 @@ class StepsInHooks(torch.optim.SGD):
 def test_an_optimizer_that_steps_in_hooks_is_refused_when_the_trainer_is_built(tmp_path):
     model = Net()
     optimizers = (StepsInHooks(model, 0.1), None)
-    rule = r"hook on the gradient of='body.weight': StepsInHooks.update runs in the backward pass"
+    rule = "parameter='body.weight': StepsInHooks.update, a hook on its gradient, would update it"
     with pytest.raises(ValueError, match=rule):
         NSOTrainer(model, config(tmp_path), train_dataset=regression(), optimizers=optimizers)
     options = {"train_dataset": regression(), "optimizers": optimizers}
