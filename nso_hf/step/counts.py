@@ -68,7 +68,12 @@ def _kept_tensor(tensor: Tensor) -> Callable[[], Tensor] | None:
     if not is_count or isinstance(tensor, nn.Parameter):
         return None
     before = tensor.clone()
-    return lambda: tensor.copy_(before)
+
+    def put_back() -> Tensor:
+        tensor.data.copy_(before)  # no edit: it may be a weight, detached, as it was
+        return tensor
+
+    return put_back
 
 
 def _kept_list(items: list[Any]) -> Callable[[], list[Any]] | None:

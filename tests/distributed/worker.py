@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -44,7 +45,7 @@ class Counting:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.counted = []
-        self.computed_in = None
+        self.seen = SimpleNamespace(computed_in=None)  # an object: a pass leaves no attribute
         self.perturbed = None  # weights
 
     def training_step(self, *args, **kwargs):
@@ -55,7 +56,7 @@ class Counting:
         return result
 
     def remember_dtype(self, module, inputs, output):
-        self.computed_in = str(output.dtype).removeprefix("torch.")
+        self.seen.computed_in = str(output.dtype).removeprefix("torch.")
 
 
 class CountingTrainer(Counting, NSOTrainer):
@@ -142,7 +143,7 @@ def facts(trainer):
         "perturbed": trainer.perturbed,
         "copies": trainer.nso_backend.num_copies,
         "offloads": _offloads(trainer, stage),
-        "computed_in": trainer.computed_in,
+        "computed_in": trainer.seen.computed_in,
     }
 
 
@@ -385,7 +386,7 @@ def clip(case, directory):
         trainer = CLIPTrainer(built, args, train_dataset=data, eval_dataset=rows)
     except ValueError as error:
         return {"refused": str(error)}
-    trainer.perturbed, trainer.computed_in = None, None
+    trainer.perturbed, trainer.seen = None, SimpleNamespace(computed_in=None)
     trainer.train(resume_from_checkpoint=resume)
     wrapped = trainer.model_wrapped
     model = trainer.accelerator.unwrap_model(wrapped)

@@ -687,6 +687,23 @@ def test_objects_of_a_trainer_are_left_alone():
     assert trainer.new_model is not None
 
 
+def test_a_trainer_may_look_at_a_weight(tmp_path):
+    """A tensor over a weight's memory is put back too, which is no edit of the weight."""
+
+    class Looking(NSOTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.bias = model.body.bias.detach()
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    args = config(tmp_path, gradient_accumulation_steps=2)
+    trainer = Looking(Net(), args, train_dataset=regression())
+    trainer.train()
+    plainly = NSOTrainer(Net(), args, train_dataset=regression())
+    plainly.train()
+    for a, b in zip(trainer.model.parameters(), plainly.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 class Projected(nn.Module):
     """Puts another tensor in a weight's place in each forward pass, as peft's CPT does."""
 

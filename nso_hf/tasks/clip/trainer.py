@@ -109,8 +109,8 @@ class CLIPTrainer(NSOTrainer):
             **options,
         )
         self._logit_scale: Tensor | None = None
-        self._micro_batches: list[Any] = []
-        self._features: dict[Any, list[dict[str, Tensor]]] = {}
+        self._nso_micro_batches: list[Any] = []
+        self._nso_features: dict[Any, list[dict[str, Tensor]]] = {}
 
     def _check_options(self, args: CLIPConfig) -> None:
         best = (args.metric_for_best_model or "loss").removeprefix("eval_")
@@ -155,10 +155,10 @@ class CLIPTrainer(NSOTrainer):
             cure = "Leave it out of the back end's configuration, and set --optim"
             raise refusal("optimizer", type(self.optimizer).__name__, rule, cure)
         result = super().get_batch_samples(*args, **kwargs)
-        self._micro_batches, self._features = result[0], {}
-        if len(self._micro_batches) < self.args.gradient_accumulation_steps:
+        self._nso_micro_batches, self._nso_features = result[0], {}
+        if len(self._nso_micro_batches) < self.args.gradient_accumulation_steps:
             logger.warning_once(
-                f"The last step of an epoch has {len(self._micro_batches)} micro-batches, not "
+                f"The last step of an epoch has {len(self._nso_micro_batches)} micro-batches, not "
                 f"{self.args.gradient_accumulation_steps}: its pairs have fewer negatives. A "
                 "PairStream with micro_batches set leaves them for another epoch."
             )
@@ -185,7 +185,7 @@ class CLIPTrainer(NSOTrainer):
         The gradient of the step is the sum over micro-batches of the gradients through the features
         of each, where the Trainer takes their mean.
         """
-        mine, number = self._nso_micro_batch - 1, len(self._micro_batches)
+        mine, number = self._nso_micro_batch - 1, len(self._nso_micro_batches)
         if number == 1:
             return dict(outputs)
         features = self._features_at_this_point(outputs, mine)
@@ -203,8 +203,8 @@ class CLIPTrainer(NSOTrainer):
     ) -> Sequence[Mapping[str, Tensor]]:
         assert self._nso_point is not None
         point = (self._nso_point.displacement, self._nso_point.sign)
-        if point not in self._features:
-            number, module = len(self._micro_batches), self.nso_backend.module()
+        if point not in self._nso_features:
+            number, module = len(self._nso_micro_batches), self.nso_backend.module()
             encoded = {mine: {name: outputs[name].detach() for name in _FEATURES}}
             # Random numbers go on where those of this micro-batch end, as they will when the
             # following ones have their turn: with common random numbers, the same dropout masks.
@@ -214,10 +214,10 @@ class CLIPTrainer(NSOTrainer):
                 Buffers(module).kept(),
             ):
                 for other in [*range(mine + 1, number), *range(mine)]:
-                    found = module(**self._prepare_inputs(self._micro_batches[other]))
+                    found = module(**self._prepare_inputs(self._nso_micro_batches[other]))
                     encoded[other] = {name: found[name] for name in _FEATURES}
-            self._features[point] = [encoded[m] for m in range(number)]
-        return self._features[point]
+            self._nso_features[point] = [encoded[m] for m in range(number)]
+        return self._nso_features[point]
 
     # Optimizer
 
