@@ -66,7 +66,7 @@ bench: $(VENV)/dev ## time and memory of a step against plain training and the a
 	$(BIN)/python -m benchmarks.curvature
 
 refusals: $(VENV)/dev ## write docs/refusals.md anew
-	$(BIN)/python -m tests.refusals > docs/refusals.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.refusals > docs/refusals.md
 
 clean: ## remove the environment and the results
 	rm -rf $(VENV) runs build *.egg-info

@@ -73,7 +73,8 @@ def _create_optimizer(self, *args, **kwargs):
     """DeepSpeed drops a group without parameters, as of biases under LoRA, which the schedule then
     misses: with these versions a user of plain training meets this too."""
     optimizer = _ORIGINAL_OPTIMIZER(self, *args, **kwargs)
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    if hasattr(optimizer, "param_groups"):  # no stand-in for one of DeepSpeed's configuration
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
 
 

@@ -137,6 +137,11 @@ def zero(**settings) -> Callable[[Path], object]:
     return run_of(DistributedType.DEEPSPEED, deepspeed={"stage": 3, **settings})
 
 
+def zero_2_of_old(folder: Path) -> object:
+    with mock.patch("nso_hf.backends.versions.version", lambda package: "0.18.3"):
+        return run_of(DistributedType.DEEPSPEED)(folder)
+
+
 def fsdp_that_became_ddp(folder: Path) -> object:
     with mock.patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "true"}):
         return check(accelerator(DistributedType.MULTI_CPU))
@@ -317,6 +322,7 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     "XLA": run_of(DistributedType.XLA),
     "tensor parallelism": split_by_tensors,
     "tensor parallelism at load time": loaded_with_tensor_parallelism,
+    "ZeRO-2 of an old DeepSpeed": zero_2_of_old,
     "ZeRO with secondary partitions": zero(zero_hpz_partition_size=2),
     "ZeRO with quantised weights": zero(zero_quantized_weights=True),
     "ZeRO with weights on NVMe": zero(offload_param={"device": "nvme"}),

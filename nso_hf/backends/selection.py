@@ -12,6 +12,7 @@ from nso_hf.backends.base import Backend
 from nso_hf.backends.deepspeed import DeepSpeed
 from nso_hf.backends.fsdp2 import FSDP2, is_sharded
 from nso_hf.backends.replicated import Replicated, ThisProcess
+from nso_hf.backends.versions import check_deepspeed_version
 from nso_hf.refusal import refusal
 
 OPTIONS = ("fsdp", "fsdp_config", "deepspeed")
@@ -53,6 +54,7 @@ def check(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         _check_deepspeed(accelerator.state.deepspeed_plugin)
+        check_deepspeed_version(accelerator.state.deepspeed_plugin.zero_stage)
     elif kind == DistributedType.FSDP:
         version = accelerator.state.fsdp_plugin.fsdp_version
         if version != 2:

@@ -1,8 +1,14 @@
-"""What PyTorch spelled otherwise in the versions that are still supported."""
+"""What PyTorch and DeepSpeed did otherwise in versions that people still have."""
 
+from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
 from torch.distributed.fsdp import FSDPModule
+
+from nso_hf.refusal import refusal
+
+_ZERO_2_ADDS_GRADIENTS = "0.18.4"
 
 
 def parameter_groups(state: Any) -> list[Any]:
@@ -31,3 +37,12 @@ def forget_iteration(root: FSDPModule) -> None:
     state._comm_ctx.post_forward_order.clear()
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
+
+
+def check_deepspeed_version(stage: int) -> None:
+    """Refuse versions whose ZeRO-2 overwrites the gradients of earlier backward passes."""
+    installed = version("deepspeed")
+    if stage == 2 and Version(installed) < Version(_ZERO_2_ADDS_GRADIENTS):
+        rule = "its ZeRO-2 loses gradients where a step has several backward passes"
+        cure = f"Install deepspeed>={_ZERO_2_ADDS_GRADIENTS}, or use another stage"
+        raise refusal("deepspeed", installed, rule, cure)
