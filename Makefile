@@ -17,7 +17,7 @@ help: ## this list
 define install
 @echo "Installing into $(VENV): $(strip $(1))."
 $(PYTHON) -m venv $(VENV)
-$(BIN)/python -m pip install --disable-pip-version-check $(2)
+$(BIN)/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) $(2)
 endef
 
 $(VENV)/demo: pyproject.toml
@@ -48,11 +48,13 @@ test-all: lint ## lint, types, all tests with coverage (every cell of the back-e
 	$(BIN)/python -m pytest -q $(COVERAGE)
 
 test-lowest: ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
-	$(MAKE) VENV=.venv-lowest CONSTRAINTS=.venv-lowest/lowest.txt .venv-lowest/dev
+	mkdir -p build
+	$(PYTHON) tests/lowest.py > build/lowest.txt
+	$(MAKE) VENV=.venv-lowest PIP_OPTIONS='-c build/lowest.txt' .venv-lowest/dev
 	.venv-lowest/bin/python -m pytest -q -m "not slow"
 
 test-newest: ## the quick tests with the newest versions there are, in .venv-newest (PYTHON=python3.13: with that Python)
-	$(MAKE) VENV=.venv-newest UPGRADE=--upgrade .venv-newest/dev
+	$(MAKE) VENV=.venv-newest PIP_OPTIONS='--upgrade --upgrade-strategy eager' .venv-newest/dev
 	.venv-newest/bin/python -m pytest -q -m "not slow"
 
 lint: $(VENV)/dev ## style and types alone
@@ -69,4 +71,4 @@ refusals: $(VENV)/dev ## write docs/refusals.md anew
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.refusals > docs/refusals.md
 
 clean: ## remove the environment and the results
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-lowest .venv-newest runs build *.egg-info
