@@ -8,6 +8,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from nso_hf import NSOConfig, NSOSeq2SeqConfig
+from nso_hf.tasks.clip.arguments import CLIPConfig
 
 NEW = {
     "train_sampling_strategy": None,
@@ -22,6 +23,8 @@ LOGGED = 1e-5 if hasattr(Trainer, "_run_epoch") else 6e-5
 IS_VERSION_4 = not hasattr(Trainer, "_run_epoch")
 """Its Trainer resumes with other data from the second epoch on (plain training, too)."""
 
+_LEFT_BEHIND = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_")
+"""Variables that earlier arguments set for good."""
 _SET: dict[str, str] = {}
 _ORIGINAL_SAMPLER = Trainer._get_train_sampler
 _ORIGINAL_OPTIMIZER = Trainer.create_optimizer
@@ -32,7 +35,8 @@ def _takes_new_options(cls):
 
     @functools.wraps(original)
     def initialise(self, *args, **options):
-        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # of earlier arguments, that left it
+        for name in [name for name in os.environ if name.startswith(_LEFT_BEHIND)]:
+            del os.environ[name]
         _launched_with(options.pop("fsdp", None), options.pop("fsdp_config", None) or {})
         for name, earlier in NEW.items():
             if name in options and name not in {f.name for f in dataclasses.fields(cls)}:
@@ -81,5 +85,11 @@ def _create_optimizer(self, *args, **kwargs):
 if "train_sampling_strategy" not in {f.name for f in dataclasses.fields(TrainingArguments)}:
     Trainer._get_train_sampler = _sampler
     Trainer.create_optimizer = _create_optimizer
-    for arguments in (TrainingArguments, Seq2SeqTrainingArguments, NSOConfig, NSOSeq2SeqConfig):
+    for arguments in (
+        TrainingArguments,
+        Seq2SeqTrainingArguments,
+        NSOConfig,
+        NSOSeq2SeqConfig,
+        CLIPConfig,
+    ):
         _takes_new_options(arguments)

@@ -355,7 +355,6 @@ def test_options_and_mixin_go_with_trl(tmp_path):
             logging_steps=1,
             bf16=False,
             per_device_train_batch_size=8,
-            train_sampling_strategy="sequential",
             gradient_checkpointing=False,
             **nso,
         )

@@ -1,5 +1,6 @@
 """The batches that the command line measures a checkpoint on, from a data set."""
 
+import inspect
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ class Data:
         that the kind of model needs."""
         if Path(self.path).suffix == ".pt":
             return self._saved()
-        columns, collate = self._reading(model)
+        adapted: Any = model
+        inner = adapted.get_base_model() if hasattr(model, "get_base_model") else model
+        columns, collate = self._reading(inner)
         rows = self._rows()
         if not any(set(names) <= set(rows[0]) for names in columns):
             wanted = " or ".join(" and ".join(names) for names in columns)
@@ -50,7 +53,8 @@ class Data:
         starts = range(0, len(rows), self.batch_size)
         batches = [collate(rows[start : start + self.batch_size]) for start in starts]
         self._check_vocabulary(model, batches)
-        return batches
+        taken = inspect.signature(inner.forward).parameters  # a tokenizer may know more
+        return [{name: it for name, it in batch.items() if name in taken} for batch in batches]
 
     def _saved(self) -> list[Batch]:
         if not Path(self.path).is_file():
@@ -67,18 +71,16 @@ class Data:
 
     def _reading(self, model: PreTrainedModel) -> tuple[list[tuple[str, ...]], Collate]:
         """The columns that a kind of model can be measured on, and what makes batches of them."""
-        adapted: Any = model
-        inner = adapted.get_base_model() if hasattr(model, "get_base_model") else model
-        kind, texts = type(inner).__name__, inner.main_input_name == "input_ids"
+        kind, texts = type(model).__name__, model.main_input_name == "input_ids"
         if kind.endswith("ForSequenceClassification"):
-            return [("text", "label")], _text_classes(self, inner)
+            return [("text", "label")], _text_classes(self, model)
         if kind.endswith("ForImageClassification"):
-            return [("image", "label")], _image_classes(self, inner)
+            return [("image", "label")], _image_classes(self, model)
         if kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) and texts:
             # Not by the name: models that only decode are named ForConditionalGeneration too.
-            if inner.config.is_encoder_decoder:
-                return [("prompt", "completion")], _sequence_to_sequence(self, inner)
-            return [("text",), ("prompt", "completion")], _language(self, inner)
+            if model.config.is_encoder_decoder:
+                return [("prompt", "completion")], _sequence_to_sequence(self, model)
+            return [("text",), ("prompt", "completion")], _language(self, model)
         rule = f"there is no reading of data sets for a {kind}"
         cure = "Pass a .pt file, torch.save([batch, ...]), of what the model takes"
         raise refusal("data", self.path, rule, cure)
@@ -117,7 +119,7 @@ class Data:
         error: Exception | None = None
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, **options)
-        except (OSError, ValueError, KeyError, TypeError) as failure:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as failure:
             tokenizer, error = None, failure
         # Without its files, some kinds are made of their special tokens alone.
         if tokenizer is None or len(tokenizer) <= len(set(tokenizer.all_special_tokens)):

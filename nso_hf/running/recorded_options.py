@@ -13,7 +13,14 @@ from nso_hf import backends
 from nso_hf.refusal import Refusal, refusal
 
 _FILE = "options.json"
-_NOT_RECORDED = ("output_dir", "resume_from_checkpoint", "run_name", "local_rank", "hub_token")
+_NOT_RECORDED = (
+    "output_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+    "run_name",
+    "local_rank",
+    "hub_token",
+)
 _FIXED = {
     name: rule
     for rule, names in {

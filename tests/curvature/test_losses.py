@@ -229,6 +229,8 @@ def test_experts_and_routers_are_weight_matrices():
 
 def test_merged_weights_of_experts():
     model, batches = mixtral()
+    if not any("gate_up_proj" in name for name, _ in model.named_parameters()):
+        pytest.skip("this version of transformers holds each expert apart")
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapters = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
     adapted = get_peft_model(model, adapters)

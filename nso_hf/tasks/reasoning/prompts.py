@@ -42,7 +42,7 @@ class PromptFormat:
         """What the model is asked with."""
         if not self.chat:
             return f"{question} ###"
-        return str(self._templated(question, self._in_parts, tokenize=False))
+        return str(self._templated(self._message(question), self._in_parts, tokenize=False))
 
     def completions(self, example: Example) -> list[str]:
         """What the model is trained to say: one text per rationale."""
@@ -56,12 +56,13 @@ class PromptFormat:
         """Tokens of the prompt; a chat template has written the special tokens itself."""
         if self.chat:
             ids: list[int] = self._templated(
-                question,
+                text := self._message(question),
                 self._in_parts,
                 tokenize=True,
                 return_dict=False,
-                sanitize_control_tokens=True,
+                sanitize_control_tokens=True,  # from transformers 5.20 on
             )
+            self._check_sanitized(text, ids)
             return ids
         before, after = self._around
         return [*before, *self._ids(self.prompt(question)), *after]
@@ -81,12 +82,27 @@ class PromptFormat:
             rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
         return rows
 
-    def _templated(self, question: str, in_parts: bool, **options: Any) -> Any:
-        text = f"{question}\n{self.instruction}".strip()
+    def _message(self, question: str) -> str:
+        return f"{question}\n{self.instruction}".strip()
+
+    def _templated(self, text: str, in_parts: bool, **options: Any) -> Any:
         content: Any = [{"type": "text", "text": text}] if in_parts else text
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, **options
         )
+
+    def _check_sanitized(self, text: str, ids: list[int]) -> None:
+        for token, written in self._special.items():
+            if written in text and ids.count(token) != self._in_template.count(token):
+                rule = f"this version of transformers takes the {written} in it for a special token"
+                cure = "Install transformers>=5.20, or use --template plain"
+                raise refusal("question", text, rule, cure)
+
+    @cached_property
+    def _in_template(self) -> list[int]:
+        """Tokens of a prompt whose question has no special token."""
+        ids: list[int] = self._templated(_PROBE, self._in_parts, tokenize=True, return_dict=False)
+        return ids
 
     @cached_property
     def _in_parts(self) -> bool:

@@ -6,12 +6,14 @@ import json
 import random
 import tarfile
 from collections import Counter
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
@@ -295,6 +297,15 @@ def test_folders_of_images(tmp_path):
     labelled = open_pairs(str(tmp_path / "kinds"), Fields(label="label"), split="test")
     assert sorted(map(str, labelled.labels())) == ["cat", "cat", "dog"]
     assert all(pair.caption is None for pair in labelled)
+
+
+def reads_metadata():
+    """Before 4.6, datasets does not take texts for texts if pandas 3 has read them."""
+    return Version(version("datasets")) >= Version("4.6") or version("pandas").startswith("2.")
+
+
+@pytest.mark.skipif(not reads_metadata(), reason="datasets < 4.6 needs pandas < 3")
+def test_folders_of_images_with_captions(tmp_path):
     captioned = tmp_path / "captioned" / "train"
     captioned.mkdir(parents=True)
     for n in range(3):
