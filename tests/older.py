@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import os
 
+import torch
+from packaging.version import Version
 from torch.utils.data import SequentialSampler
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -80,6 +82,17 @@ def _create_optimizer(self, *args, **kwargs):
     if hasattr(optimizer, "param_groups"):  # no stand-in for one of DeepSpeed's configuration
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
+
+
+def averages_on_cpu():
+    """In PyTorch before 2.11, Gloo sums where it is asked for the average, so that gradients of
+    FSDP2 on CPUs come out too large by the number of processes: let FSDP2 divide."""
+    if Version(torch.__version__) >= Version("2.11"):
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+    factors = _fsdp_collectives._get_gradient_divide_factors
+    _fsdp_collectives._get_gradient_divide_factors = lambda *args: factors(*args[:5], True)
 
 
 if "train_sampling_strategy" not in {f.name for f in dataclasses.fields(TrainingArguments)}:

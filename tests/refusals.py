@@ -138,7 +138,7 @@ def zero(**settings) -> Callable[[Path], object]:
 
 
 def zero_2_of_old(folder: Path) -> object:
-    with mock.patch("nso_hf.backends.versions.version", lambda package: "0.18.3"):
+    with mock.patch("nso_hf.backends.versions.version", lambda package: "0.18.9"):
         return run_of(DistributedType.DEEPSPEED)(folder)
 
 

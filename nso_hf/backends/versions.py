@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from nso_hf.refusal import refusal
 
-_ZERO_2_ADDS_GRADIENTS = "0.18.4"
+_ADDS_GRADIENTS = "0.19.0"  # DeepSpeed, in stages 0 and 2, offloaded or not
 
 
 def parameter_groups(state: Any) -> list[Any]:
@@ -40,9 +40,9 @@ def forget_iteration(root: FSDPModule) -> None:
 
 
 def check_deepspeed_version(stage: int) -> None:
-    """Refuse versions whose ZeRO-2 overwrites the gradients of earlier backward passes."""
+    """Refuse versions whose ZeRO overwrites the gradients of earlier backward passes."""
     installed = version("deepspeed")
-    if stage == 2 and Version(installed) < Version(_ZERO_2_ADDS_GRADIENTS):
-        rule = "its ZeRO-2 loses gradients where a step has several backward passes"
-        cure = f"Install deepspeed>={_ZERO_2_ADDS_GRADIENTS}, or use another stage"
+    if stage in (0, 2) and Version(installed) < Version(_ADDS_GRADIENTS):
+        rule = f"its stage {stage} loses gradients where a step has several backward passes"
+        cure = f"Install deepspeed>={_ADDS_GRADIENTS}, or use stage 1 or 3"
         raise refusal("deepspeed", installed, rule, cure)

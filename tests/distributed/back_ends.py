@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
+from tests.older import averages_on_cpu
+
 LAYER = "LlamaDecoderLayer"
 
 
@@ -68,6 +70,7 @@ def allow_fsdp_on_cpu() -> None:
 
     AcceleratorState.__init__ = initialise_on_cpu
     CPUOffloadPolicy.__init__.__defaults__ = (False,)  # pinned memory needs a driver
+    averages_on_cpu()
 
 
 def lora(model: nn.Module) -> nn.Module:
