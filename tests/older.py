@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import inspect
 import os
 
 import torch
+from accelerate import Accelerator
 from packaging.version import Version
 from torch.utils.data import SequentialSampler
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
@@ -24,6 +26,9 @@ LOGGED = 1e-5 if hasattr(Trainer, "_run_epoch") else 6e-5
 """Tolerance of logged losses, which had four decimals."""
 IS_VERSION_4 = not hasattr(Trainer, "_run_epoch")
 """Its Trainer resumes with other data from the second epoch on (plain training, too)."""
+
+HOLDS_GRADIENTS = "requires_gradient_sync" in inspect.getsource(Accelerator.no_sync)
+"""Whether accumulation under FSDP2 puts the reduction of gradients off, in plain training."""
 
 _LEFT_BEHIND = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_")
 """Variables that earlier arguments set for good."""

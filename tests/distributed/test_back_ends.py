@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from tests.distributed.back_ends import BACK_ENDS, assert_is
 from tests.distributed.launch import launch, launched
-from tests.older import LOGGED
+from tests.older import HOLDS_GRADIENTS, IS_VERSION_4, LOGGED
 from tests.reference import (
     causal_loss_sum,
     config,
@@ -222,6 +222,8 @@ def test_what_a_step_communicates(run, back_end, accumulation):
     reductions = {"ddp": 1, "zero0": 1, "zero1": 1, "zero2": PASSES, "zero3": PASSES}
     if kind == "fsdp2":  # the gradients of earlier micro-batches are held unsharded anyway
         reductions["fsdp2"] = PASSES if accumulation == "one" else 1
+        if not HOLDS_GRADIENTS and accumulation == "two":  # plain training reduces twice as well
+            reductions["fsdp2"] = (PASSES + 1) // 2
     gathers = {"zero1": 1, "zero2": 1, "zero3": PASSES, "fsdp2": PASSES}
     for nso, plain in zip(
         run(back_end, accumulation), run(back_end, f"{accumulation}, plain"), strict=True
@@ -247,6 +249,8 @@ RESUMED = ["ddp", "fsdp2", "zero2", "zero3"]
 
 @pytest.mark.parametrize("back_end", RESUMED)
 def test_resume_is_bit_equal(back_end, tmp_path):
+    if IS_VERSION_4 and not back_end.startswith("zero"):
+        pytest.skip("plain training does not go on as it was either, or not at all on CPUs")
     base = {
         "back_end": back_end,
         "optim": "adamw_torch",

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.launch import ENVIRONMENT, free_port, run_processes
+from tests.older import IS_VERSION_4
 from tests.recipes.test_cot_recipe import flags
 from tests.tiny_models import save_model
 
@@ -122,6 +123,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_way_of_launching_that_is_refused_is_refused_once_and_last(folder, tmp_path, way):
+    if IS_VERSION_4 and way.startswith("processes that each"):
+        pytest.skip("they find each other in this version of Accelerate")
     launcher, options, message = WAYS[way]
     launcher = [
         str(ROOT / f"accelerate_configs/{word}.yaml") if word in ("fsdp2", "ddp") else word

@@ -98,8 +98,10 @@ def make_trainer(case, directory, **kwargs):
         model = tiny_llama(dropout=own["dropout"] or 0.0)
     projection = model.model.layers[0].mlp.down_proj
     model = lora(model) if own["lora"] else model
-    if IS_VERSION_4 and own["lora"]:  # what users had to write, where activations are checkpointed
-        model.enable_input_require_grads()
+    if IS_VERSION_4:  # what users had to write, where activations are checkpointed
+        model.config.use_cache = False
+        if own["lora"]:
+            model.enable_input_require_grads()
     trainer = (PlainTrainer if own["plain"] else CountingTrainer)(
         model=model,
         args=args,
