@@ -65,12 +65,15 @@ def _launched_with(fsdp, settings):
         _SET.update(
             ACCELERATE_USE_FSDP="true",
             FSDP_VERSION=str(settings["version"]),
+            FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
             FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-            FSDP_TRANSFORMER_CLS_TO_WRAP=",".join(settings["transformer_layer_cls_to_wrap"]),
             FSDP_RESHARD_AFTER_FORWARD=str(settings["reshard_after_forward"]).lower(),
             FSDP_OFFLOAD_PARAMS=str(settings.get("cpu_offload", False)).lower(),
             FSDP_ACTIVATION_CHECKPOINTING=str(settings.get("activation_checkpointing", False)),
         )
+        layers = settings["transformer_layer_cls_to_wrap"]
+        if layers is not None:  # else those that the model names
+            _SET["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(layers)
         os.environ |= _SET
 
 

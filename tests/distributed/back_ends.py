@@ -32,6 +32,7 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
             "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": False},
             "zero_optimization": {
                 "stage": stage,
                 "stage3_gather_16bit_weights_on_model_save": True,

@@ -7,6 +7,7 @@ import torch
 
 from tests.distributed.back_ends import assert_is
 from tests.distributed.launch import launch, launched
+from tests.older import IS_VERSION_4, LOGGED
 from tests.tasks.clip.reference import image_rows, pair_data, reference_clip, tiny_clip
 
 pytestmark = pytest.mark.distributed
@@ -57,6 +58,8 @@ def run(tmp_path_factory):
         return launched(cases, tmp_path_factory.mktemp("clip"), measured=back_end == "ddp")
 
     def results(back_end, name):
+        if IS_VERSION_4 and back_end == "fsdp2":
+            pytest.skip("PyTorch 2.8 ends with SIGSEGV there, on CPUs")
         return [rank[name] for rank in run_once(back_end).result()]
 
     return results
@@ -96,7 +99,9 @@ def test_two_processes_train_as_open_clips_loss_on_the_whole_batch(run, back_end
     assert max((a - b).abs().max().item() for a, b in zip(expected, start, strict=True)) > 5e-3
     for rank in run(back_end, name):
         assert_is(back_end, rank, processes=2)
-        assert rank["losses"] == pytest.approx(losses, rel=1e-6 if dtype == "float64" else 1e-5)
+        relative = 1e-6 if dtype == "float64" else 1e-5
+        rounded = LOGGED if IS_VERSION_4 else None
+        assert rank["losses"] == pytest.approx(losses, rel=relative, abs=rounded)
         assert all((norm or 0) > 0 for norm in rank["norms"]) == (case["sigma"] > 0)
         for p, e in zip(rank["weights"], expected, strict=True):
             assert (p.view_as(e) - e).abs().max().item() <= tolerance
@@ -148,6 +153,8 @@ SLOW = [pytest.param(back_end, marks=pytest.mark.slow) for back_end in ("ddp", "
 
 @pytest.mark.parametrize("back_end", ["fsdp2", *SLOW])
 def test_resume_is_bit_equal(back_end, tmp_path):
+    if IS_VERSION_4 and back_end == "fsdp2":
+        pytest.skip("plain training does not go on as it was either")
     directory = str(tmp_path / "run")
     base = {**BASE, **TWO, "back_end": back_end, "optim": "adamw_torch", "max_steps": 3}
     base |= {"save_strategy": "steps", "save_steps": 2, "output_dir": directory}

@@ -4,7 +4,7 @@ import pytest
 
 from tests.distributed.back_ends import assert_is, lora
 from tests.distributed.launch import launch
-from tests.older import IS_VERSION_4
+from tests.older import HOLDS_GRADIENTS, IS_VERSION_4
 from tests.reference import largest_difference, reference_nso, tiny_llama, token_data
 
 pytestmark = pytest.mark.distributed
@@ -55,7 +55,8 @@ def test_fsdp2_with_its_own_checkpointing_and_synchronisation(tmp_path):
         for name in cases:
             assert_is("fsdp2", rank[name], processes=2)
         reductions = [calls["reduce_scatter_base"] for _, calls, _ in rank["each"]["counted"]]
-        assert len(set(reductions)) == 1 and reductions[0] >= 5  # in each pass
+        assert reductions[0] >= 5  # in each pass
+        assert len(set(reductions)) == (1 if HOLDS_GRADIENTS else 2)
         assert rank["checkpointing"]["perturbed"] == 6
     assert_equal(ranks, "each")
 
