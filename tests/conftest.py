@@ -2,8 +2,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import: nothing here may ask the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if "PYTEST_XDIST_WORKER" in os.environ:  # another one is at work beside this
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 from contextlib import contextmanager
 

@@ -142,6 +142,7 @@ def test_a_recipe_runs_from_its_shipped_configuration(installed, tmp_path):
     assert "gsm8k" in run([installed / "nso", "cot", "--help"], tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_editors_and_mypy_see_the_parameters(tmp_path):
     (tmp_path / "right.py").write_text(
         "from nso_hf import NSOConfig, NSOTrainer\n"

@@ -91,10 +91,10 @@ def shares_weights(back_end):
     return back_end.startswith(("fsdp2", "zero3"))
 
 
-SLOW = ["fsdp2 not resharded", "fsdp2 offload", "zero0", "zero2 offload", "zero3", "zero3 offload"]
+QUICK = ["ddp", "fsdp2", "zero2", "zero3 persistent"]
 every_back_end = pytest.mark.parametrize(
     "back_end",
-    [pytest.param(b, marks=pytest.mark.slow) if b in SLOW else b for b in BACK_ENDS],
+    [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in BACK_ENDS],
 )
 
 

@@ -1,6 +1,7 @@
 """CLIP on two processes: the loss of the global batch, equal to that of one process."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ CASES = {
 }
 DOUBLE = {f"{name}, double": {**case, "dtype": "float64"} for name, case in CASES.items()}
 BACK_ENDS = ["ddp", "fsdp2", "zero2", "zero3"]
+MARKS: dict[str, Any] = {b: [pytest.mark.slow] if b == "zero2" else [] for b in BACK_ENDS}
 SHARED = ["fsdp2", "zero3"]  # the processes hold one copy of the weights between them
 
 
@@ -66,7 +68,7 @@ def run(tmp_path_factory):
 
 
 CELLS = [
-    pytest.param(back_end, name, id=f"{back_end}: {name}")
+    pytest.param(back_end, name, id=f"{back_end}: {name}", marks=MARKS[back_end])
     for back_end in BACK_ENDS
     for name in cases_of(back_end)
     if not name.startswith("alternate")
@@ -110,7 +112,7 @@ def test_two_processes_train_as_open_clips_loss_on_the_whole_batch(run, back_end
         assert torch.equal(s.flatten(), p.flatten())
 
 
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("back_end", [pytest.param(b, marks=MARKS[b]) for b in BACK_ENDS])
 def test_alternating_signs_need_shared_weights(run, back_end):
     for rank in run(back_end, "alternate" if back_end.startswith("zero") else "alternate, double"):
         if back_end in SHARED:
@@ -119,7 +121,7 @@ def test_alternating_signs_need_shared_weights(run, back_end):
             assert "sign='alternate': the features of processes at W + U" in rank["refused"]
 
 
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("back_end", [pytest.param(b, marks=MARKS[b]) for b in BACK_ENDS])
 def test_evaluation_and_curvature_are_those_of_one_process(run, back_end, tmp_path):
     from nso_hf.curvature import hessian_trace
     from nso_hf.tasks.clip.pairs import Fields

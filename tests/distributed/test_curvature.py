@@ -27,7 +27,7 @@ CASES = {
     "bf16": {"experiment": "curvature", "options": {}, "bf16": True},
     "watched, bf16": {"experiment": "watch", "max_steps": 4, "sigma": 0.02, "bf16": True},
 }
-QUICK = ["ddp", "fsdp2", "zero3"]
+QUICK = ["ddp", "fsdp2"]
 SHARDED = ("fsdp2", "zero3")
 every_back_end = pytest.mark.parametrize(
     "back_end", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in BACK_ENDS]
