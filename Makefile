@@ -33,7 +33,7 @@ $(VENV)/dev: $(VENV)/demo
 	$(call install, what the tests and the linters need (a minute or two), -e '.[dev]')
 	touch $@
 
-demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and NSO, and plainly beside it (two CPU cores: some 10 minutes)
+demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and NSO, and plainly beside it (two CPU cores: some 7 minutes)
 	rm -rf runs/demo
 	$(BIN)/python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
 
