@@ -8,6 +8,7 @@ from nso_hf.tasks.clip.sources import open_pairs
 from nso_hf.tasks.clip.stream import PairStream
 from nso_hf.tasks.clip.table import Table
 from nso_hf.tasks.clip.trainer import CLIPTrainer
+from tests.older import IS_VERSION_4
 from tests.tasks.clip.reference import TINY, clip_config, image_rows, tiny_clip
 from tests.tasks.clip.test_pairs import BROKEN, shards, write_shard
 
@@ -68,7 +69,8 @@ def test_resuming_in_the_middle_of_an_epoch_is_bit_equal(tmp_path, options):
         [entry["loss"] for entry in t.state.log_history if "loss" in entry]
         for t in (whole, resumed)
     ]
-    assert losses[0] == losses[1] and len(set(losses[0])) == steps
+    assert losses[0] == losses[1]
+    assert IS_VERSION_4 or len(set(losses[0])) == steps  # with four decimals, some are alike
     for (name, a), b in zip(
         whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
