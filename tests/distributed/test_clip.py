@@ -37,7 +37,7 @@ CASES = {
 }
 DOUBLE = {f"{name}, double": {**case, "dtype": "float64"} for name, case in CASES.items()}
 BACK_ENDS = ["ddp", "fsdp2", "zero2", "zero3"]
-MARKS: dict[str, Any] = {b: [pytest.mark.slow] if b == "zero2" else [] for b in BACK_ENDS}
+MARKS: dict[str, Any] = {b: [pytest.mark.slow] * b.startswith("zero") for b in BACK_ENDS}
 SHARED = ["fsdp2", "zero3"]  # the processes hold one copy of the weights between them
 
 
