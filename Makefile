@@ -12,7 +12,7 @@ $(1)/bin/python -m pytest -q $(2) -n 2 --dist loadfile --ignore tests/distribute
 $(1)/bin/python -m pytest -q $(2) tests/distributed $(if $(3),--cov=nso_hf --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95)
 endef
 
-.PHONY: help demo demo-clip test test-all test-lowest test-newest lint coverage bench refusals clean
+.PHONY: help demo demo-clip test test-all test-lowest test-newest lint coverage bench refusals methods clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -73,6 +73,9 @@ bench: $(VENV)/dev ## time and memory of a step against plain training and the a
 
 refusals: $(VENV)/dev ## write docs/refusals.md anew
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.refusals > docs/refusals.md
+
+methods: $(VENV)/dev ## write the generated part of docs/methods.md anew
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.methods.documentation
 
 clean: ## remove the environment and the results
 	rm -rf $(VENV) .venv-lowest .venv-newest runs build *.egg-info

@@ -106,4 +106,4 @@ class NSOSeq2SeqConfig(NSOArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the options of NSO."""
 
 
-_OF_EVERY_METHOD = {"common_random_numbers"}
+_OF_EVERY_METHOD = {"common_random_numbers", "start", "interval"}

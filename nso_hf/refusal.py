@@ -25,6 +25,12 @@ def check_range(option: str, value: float, low: float, high: float, hint: str) -
         raise refusal(option, value, f"must be a finite number, {bounds}", hint)
 
 
+def check_positive(option: str, value: float, hint: str) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 < value < math.inf):
+        raise refusal(option, value, "must be a finite number above 0", hint)
+
+
 def check_integer(option: str, value: int, low: int, hint: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise refusal(option, value, f"must be an integer, at least {low}", hint)

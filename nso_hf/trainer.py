@@ -8,6 +8,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from nso_hf.arguments import NSOArguments
 from nso_hf.backends import Backend, Weight, check, select
 from nso_hf.methods import Point, Step
 from nso_hf.refusal import refusal
+from nso_hf.step.direction import Direction
 from nso_hf.step.edits import edits_refused
 from nso_hf.step.generation import check_generates_nothing, generation_refused
 from nso_hf.step.perturbation import Perturbation, borrowed
@@ -29,7 +31,8 @@ from nso_hf.step.selection import (
     select_perturbed,
 )
 from nso_hf.step.side_effects import SideEffects, copied
-from nso_hf.step.weighting import check_steps_afterwards, weighted_backward
+from nso_hf.step.states import States
+from nso_hf.step.weighting import check_steps_afterwards, in_evaluation_mode, weighted_backward
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -89,6 +92,7 @@ class NSOTrainerMixin(_Base):
         self._nso_measurements: dict[str, float | Tensor] = {}
         self._nso_point: Point | None = None  # where the weights are, within a training step
         self._nso_inputs: Any = None  # of this evaluation, prepared
+        self._nso_states = States()
         self._nso_is_awaited = False  # there is a batch, and no training step of it yet
         self._nso_is_first = True  # step of a training, or after an evaluation
         check_generates_nothing(type(self))
@@ -124,6 +128,7 @@ class NSOTrainerMixin(_Base):
             return [], None
         self._nso_micro_batch = 0
         self._nso_weights = None
+        self._nso_states.sums.clear()  # of a step that failed
         if (
             self._nso_measured_step is not None
             and self._nso_measured_step >= self.state.global_step
@@ -141,14 +146,39 @@ class NSOTrainerMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._nso_is_awaited, self._nso_is_first = False, True
+        self._nso_states = States()
         if self.model is not None:  # as in all trials of a hyperparameter search but the first
             self._nso_select_for_training(self.model)
         try:
             result = super().train(*args, **kwargs)
         finally:  # or they would outlive a model that is moved or made anew
             self._nso_weights, self._nso_all_weights, self._nso_side_effects = None, [], None
+            self._nso_states = States()
         self._nso_check_was_called()
         return result
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.nso_args.chosen_method().check_optimizer(self._nso_innermost_optimizer())
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.nso_args.chosen_method().remembers and self.nso_backend.copy == 0:
+            torch.save(self._nso_states.state_dict(), self._nso_states_file(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.nso_args.chosen_method().remembers:
+            file = self._nso_states_file(checkpoint)
+            if not file.exists():
+                rule = f"it has no {file.name}, which method {self.nso_args.method!r} goes on from"
+                cure = "Resume with the method and the number of processes that it was written by"
+                raise refusal("resume_from_checkpoint", checkpoint, rule, cure)
+            self._nso_states.load_state_dict(torch.load(file, map_location="cpu"))
+
+    def _nso_states_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"method_{self.nso_backend.part}.pt"
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         # Once for all evaluations of a micro-batch, at W.
@@ -175,13 +205,14 @@ class NSOTrainerMixin(_Base):
             switch()  # schedule-free optimizers edit the weights here: before they are backed up
         step = self._nso_step(model)
         inputs = super()._prepare_inputs(inputs)
-        points = self.nso_args.chosen_method().points(step)
+        method = self.nso_args.chosen_method()
         backend = self.nso_backend
         with (
             backend.step_afterwards(),
             borrowed(step.weights, backend) as perturbation,
             self._nso_in_a_step(),
         ):
+            points = method.evaluations(step)
             point = next(points)
             if not point.last:
                 backend.share_buffers()
@@ -194,12 +225,15 @@ class NSOTrainerMixin(_Base):
                     following = points.send(loss)
                 except StopIteration as end:
                     assert point.last, "a method's final point must be marked as the last"
-                    self._nso_keep_measurements(step)
-                    self._nso_is_first = False
                     reported: Tensor = end.value
-                    return reported
+                    break
                 assert not point.last, "a method went on after the point it marked as the last"
                 point = following
+        if self.accelerator.sync_gradients:
+            method.finish(step)
+        self._nso_keep_measurements(step)
+        self._nso_is_first = False
+        return reported
 
     @contextmanager
     def _nso_in_a_step(self) -> Iterator[None]:
@@ -220,7 +254,7 @@ class NSOTrainerMixin(_Base):
         weight; returns the loss."""
         with ExitStack() as stack:
             if not point.last:
-                share = 1 if point.weight else _FORWARD_SHARE
+                share = 1 if point.weight or point.into else _FORWARD_SHARE
                 flops = share * float(self.floating_point_ops(inputs))
                 self.current_flos += flops  # type: ignore[assignment]
                 stack.enter_context(self._nso_unnoticed(step, model, point))
@@ -228,7 +262,14 @@ class NSOTrainerMixin(_Base):
                 every, displaced = self._nso_all_weights, step.weights
                 stack.enter_context(edits_refused(every, displaced, self._nso_is_first))
                 stack.enter_context(generation_refused(self.accelerator.unwrap_model(model)))
-            stack.enter_context(weighted_backward(self.accelerator, point.weight, type(self)))
+            # A gradient apart is added to the others afterwards.
+            weight = 1.0 if point.into is not None or callable(point.weight) else point.weight
+            stack.enter_context(
+                weighted_backward(self.accelerator, weight, type(self), point.penalty)
+            )
+            if point.forward_only:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(in_evaluation_mode(model))
             # `compute_loss` may pop the labels, or edit what it was given.
             self._nso_inputs = copy.copy(inputs) if point.last else copied(inputs)
             loss = super().training_step(model, self._nso_inputs, num_items_in_batch)
@@ -238,21 +279,49 @@ class NSOTrainerMixin(_Base):
     def _nso_unnoticed(self, step: Step, model: nn.Module, point: Point) -> Iterator[None]:
         """For a pass that another will follow: it adds to the gradients, and leaves nothing else
         behind."""
-        keep_random_state = self.nso_args.common_random_numbers or point.weight == 0
+        keeps_random_state = self.nso_args.common_random_numbers or not (point.weight or point.into)
         devices = {self.accelerator.device, *(weight.data.device for weight in step.weights)}
         if self._nso_side_effects is None:
             self._nso_side_effects = SideEffects(self, model)
-        with (
-            self._nso_side_effects.undone(devices, keep_random_state),
-            self.nso_backend.accumulate_only(is_first=self._nso_micro_batch == 1),
-        ):
+        with self._nso_side_effects.undone(devices, keeps_random_state):
+            if point.into is None:
+                with self.nso_backend.accumulate_only(is_first=self._nso_micro_batch == 1):
+                    yield
+            else:
+                with self._nso_apart(point, point.into, step):
+                    yield
+
+    @contextmanager
+    def _nso_apart(self, point: Point, into: Direction, step: Step) -> Iterator[None]:
+        # The loss of a micro-batch is its share of the step's, times the loss scale.
+        scale = step.micro_batches / step.loss_scale
+
+        def receive(parts: list[Tensor]) -> float:
+            into.parts, into.scale = parts, scale
+            return point.weight() if callable(point.weight) else point.weight
+
+        with self.nso_backend.apart(step.weights, receive):
             yield
+        if not isinstance(scale, float) or scale != 1:
+            torch._foreach_mul_(into.parts, scale)
+        into.scale = 1.0
+
+    def _nso_loss_scale(self) -> float | Tensor:
+        """What gradients are multiplied by, in half precision."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is None:
+            return 1.0
+        scale: Tensor = scaler.scale(torch.ones((), device=self.accelerator.device))
+        return scale
 
     def _nso_select(self, model: nn.Module) -> list[Weight]:
         self.nso_backend: Backend = select(self.accelerator, model)
         accumulation, copies = self.args.gradient_accumulation_steps, self.nso_backend.num_copies
         method = self.nso_args.chosen_method()
         method.check_micro_batches(accumulation, copies)
+        method.check_backend(self.nso_backend)
+        if method.reads_gradients:
+            self.nso_backend.check_keeps_gradients_apart(self.nso_args.method)
         self._nso_all_weights = self.nso_backend.weights(self._nso_beside(model))
         check_patterns(self._nso_all_weights, self.nso_args)
         if not method.displaces():
@@ -282,13 +351,25 @@ class NSOTrainerMixin(_Base):
         step = Step(
             seed=self.args.seed,
             number=number,
+            acts=self.nso_args.chosen_method().acts(number, self.state.max_steps),
             progress=min(1.0, (number + 1) / max(1, self.state.max_steps)),
+            micro_batches=self.current_gradient_accumulation_steps,
             micro_batch=self._nso_micro_batch * backend.num_copies + backend.copy,
             weights=self._nso_weights,
             is_measured=self._nso_measured_step in (None, number),
+            backend=backend,
+            states=self._nso_states,
+            optimizer=self._nso_innermost_optimizer(),
+            loss_scale=self._nso_loss_scale(),
         )
         self._nso_micro_batch += 1
         return step
+
+    def _nso_innermost_optimizer(self) -> Any:
+        optimizer = self.optimizer
+        while (inner := getattr(optimizer, "optimizer", None)) is not None:
+            optimizer = inner
+        return optimizer
 
     def _nso_measure(self, step: Step, point: Point, perturbation: Perturbation) -> None:
         name = "nso/perturbation_norm"

@@ -116,6 +116,9 @@ def test_the_mixin_overrides_only_what_it_means_to():
         "log",
         "train",
         "training_step",
+        "create_optimizer",
+        "_load_optimizer_and_scheduler",
+        "_save_optimizer_and_scheduler",
     }
 
 

@@ -1,10 +1,10 @@
 """What the rest of the library asks of a back end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +50,8 @@ class Weight:
 class Backend(ABC):
     """How one kind of run holds the weights of one model and reduces their gradients."""
 
+    keeps_gradients_apart: ClassVar[bool] = True
+    """Whether a pass can have a gradient of its own: see `apart`."""
     name: str
     """For people: what to write into a report."""
     num_processes: int
@@ -66,14 +68,21 @@ class Backend(ABC):
         self.num_processes = self.num_copies = accelerator.num_processes
         self.process_index = self.copy = accelerator.process_index
 
+    @property
+    def part(self) -> int:
+        """Which part of its copy of the weights this process holds, counted from 0."""
+        return self.process_index % max(1, self.num_processes // self.num_copies)
+
     def weights(self, beside: Iterable[tuple[str, nn.Parameter]] = ()) -> list[Weight]:
         """Every parameter of the model, tied ones once, as this process holds it, and those
         `beside` it, as of a loss."""
         model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
-        return [
+        weights = [
             self._held(_as_written(name), index, parameter)
             for index, (name, parameter) in enumerate((*model.named_parameters(), *beside))
         ]
+        self._parameters = [weight.parameter for weight in weights]
+        return weights
 
     def optimised(self, optimizer: Any) -> set[int]:
         """The ids of the parameters that an optimizer of Accelerate's updates."""
@@ -112,6 +121,85 @@ class Backend(ABC):
                 yield
             finally:
                 state._set_sync_gradients(sync)
+
+    def check_keeps_gradients_apart(self, method: str) -> None:
+        """Raise a `ValueError` if a pass cannot have a gradient of its own."""
+        if not self.keeps_gradients_apart:
+            raise adds_gradients(method, f"{self.name} adds every gradient to those before it")
+
+    @contextmanager
+    def apart(
+        self, weights: Sequence[Weight], receive: Callable[[list[Tensor]], float]
+    ) -> Iterator[None]:
+        """Inside, a backward pass has a gradient of its own, the mean over the processes that share
+        one copy of the weights. `receive` is given of each of the `weights` the part of it that
+        this process holds, and says by what the gradient is multiplied and added to every `.grad`;
+        what it was given it may write to afterwards."""
+        kept = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        state = self._accelerator.gradient_state
+        sync = state.sync_gradients
+        try:
+            with self._reduced_apart():
+                state._set_sync_gradients(False)
+                try:
+                    yield
+                finally:
+                    state._set_sync_gradients(sync)
+            factor = receive([self._gradient_of(weight) for weight in weights])
+            if factor:
+                own = [parameter.grad for parameter in self._parameters]
+                kept = [_sum(before, factor, now) for before, now in zip(kept, own, strict=True)]
+        finally:
+            for parameter, gradient in zip(self._parameters, kept, strict=True):
+                parameter.grad = gradient
+
+    def _reduced_apart(self) -> AbstractContextManager[None]:
+        """Inside, a backward pass reduces its gradient among those who share a copy, and no
+        other."""
+        return self._without_reduction(is_first=False)
+
+    def _gradient_of(self, weight: Weight) -> Tensor:
+        """The part of its `.grad` that this process holds, to be read or written."""
+        gradient = weight.parameter.grad
+        return torch.zeros_like(weight.data) if gradient is None else gradient
+
+    def gradients(self, weights: Sequence[Weight]) -> list[Tensor]:
+        """Of each `.grad` the part that this process holds, to be read or written: zeros where
+        there was none."""
+        for weight in weights:
+            if weight.parameter.grad is None:
+                weight.parameter.grad = torch.zeros_like(weight.parameter)
+        return [self._own_part(weight.parameter.grad) for weight in weights]
+
+    def first_moments(self, optimizer: Any, weights: Sequence[Weight]) -> list[Tensor]:
+        """The optimizer's moving average of the gradient, of each weight the part that this process
+        holds: zeros before its first step.
+
+        Raises:
+            ValueError: it keeps none.
+        """
+        parts = []
+        for weight in weights:
+            state = optimizer.state.get(weight.parameter, {})
+            moment = next((state[key] for key in _MOMENTS if state.get(key) is not None), None)
+            if moment is None and state:
+                raise without_moments(optimizer)
+            parts.append(
+                torch.zeros_like(weight.data) if moment is None else self._own_part(moment)
+            )
+        return parts
+
+    def _own_part(self, tensor: Tensor | None) -> Tensor:
+        """The part that this process holds of a tensor that is kept as its parameter is."""
+        assert tensor is not None
+        return tensor
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes."""
+        mean: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "mean")
+        return mean
 
     def abandon(self) -> None:  # noqa: B027
         """After a pass that an exception cut off: forget it, so that the weights can be written."""
@@ -159,6 +247,9 @@ class Backend(ABC):
         parameters = [weight.parameter for weight in weights]
         return self.summed(torch.autograd.grad(loss, parameters, materialize_grads=True))
 
+    def average_copies(self, tensors: Sequence[Tensor]) -> None:  # noqa: B027
+        """Give tensors that differ between copies of the weights their mean, in place."""
+
     def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums over processes of whole tensors that differ between them."""
         if self.num_processes > 1:
@@ -172,11 +263,36 @@ class Backend(ABC):
         return nullcontext()
 
 
+def adds_gradients(method: str, how: str) -> Refusal:
+    """The error for a method that takes gradients into its own hands where it cannot."""
+    rule = f"{how}, and this method needs that of each pass"
+    cure = "Use DistributedDataParallel without a static graph, FSDP2, or method='nso'"
+    return refusal("method", method, rule, cure)
+
+
+def without_moments(optimizer: Any) -> Refusal:
+    """The error for an optimizer whose moving average of the gradient is asked for."""
+    rule = "it keeps no moving average of the gradient"
+    cure = "Use adamw_torch, or sgd with optim_args='momentum=0.9'"
+    return refusal("optim", type(optimizer).__name__, rule, cure)
+
+
 def not_prepared(model: nn.Module, how: str) -> Refusal:
     """The error for a model that Accelerate has not wrapped for training, or no longer holds."""
     rule = f"it is not {how}, as after evaluate(), and each process would train a model of its own"
     cure = "Make a new trainer, and evaluate after train() or in a callback's on_train_begin"
     return refusal("model", type(model).__name__, rule, cure)
+
+
+_MOMENTS = ("momentum_buffer", "exp_avg")
+"""What optimizers call it."""
+
+
+def _sum(a: Tensor | None, weight: float, b: Tensor | None) -> Tensor | None:
+    """a + weight b, in place where it can be; None stands for no gradient."""
+    if a is None or b is None:
+        return a if b is None else b * weight
+    return a.add_(b, alpha=weight)
 
 
 def _as_written(name: str) -> str:

@@ -21,6 +21,8 @@ ZERO_3 = 3
 class DeepSpeed(Backend):
     """Every process holds the whole model, or from stage 3 on a partition of each weight."""
 
+    keeps_gradients_apart = False
+
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         super().__init__(accelerator, model)
         offloads = accelerator.state.deepspeed_plugin.hf_ds_config.is_offload()

@@ -41,9 +41,7 @@ class FSDP2(Backend):
 
     def weights(self, beside: Iterable[tuple[str, nn.Parameter]] = ()) -> list[Weight]:
         self.discard_gathered()  # while gathered, the parameters are other tensors
-        weights = super().weights(beside)
-        self._parameters = [weight.parameter for weight in weights]
-        return weights
+        return super().weights(beside)
 
     def _held(self, name: str, index: int, parameter: nn.Parameter) -> Weight:
         if not isinstance(parameter, DTensor):
@@ -118,6 +116,29 @@ class FSDP2(Backend):
             return gradient.to_local()
         return self.summed([gradient / self.num_processes])[0]
 
+    def _own_part(self, tensor: Tensor | None) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else super()._own_part(tensor)
+
+    @contextmanager
+    def _reduced_apart(self) -> Iterator[None]:
+        """The pass reduces its gradient, over replicas too. What accumulation holds unsharded, and
+        what replicas have not reduced yet, waits."""
+        groups = [
+            group
+            for module in self._sharded_modules()
+            for group in parameter_groups(module._get_fsdp_state())
+        ]
+        parameters = [p for group in groups for p in group.fsdp_params]
+        whole = [p._unsharded_param for p in parameters if hasattr(p, "_unsharded_param")]
+        with (
+            _set(groups, "reduce_grads", True),
+            _set(groups, "all_reduce_grads", True),
+            _set(groups, "_partial_reduce_output", None),
+            _set(parameters, "unsharded_accumulated_grad", None),
+            _set(whole, "grad", None),
+        ):
+            yield
+
     @contextmanager
     def _without_reduction(self, is_first: bool) -> Iterator[None]:
         """To put off the reduction of sharded gradients is to hold all of them, unsharded. So they
@@ -142,6 +163,19 @@ class FSDP2(Backend):
 
     def _sharded_modules(self) -> list[FSDPModule]:
         return [module for module in self._model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def _set(objects: Sequence[Any], attribute: str, value: Any) -> Iterator[None]:
+    """An attribute of several objects has another value inside."""
+    kept = [getattr(each, attribute) for each in objects]
+    for each in objects:
+        setattr(each, attribute, value)
+    try:
+        yield
+    finally:
+        for each, before in zip(objects, kept, strict=True):
+            setattr(each, attribute, before)
 
 
 def _replicas(accelerator: Accelerator, model: nn.Module) -> int:

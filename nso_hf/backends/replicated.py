@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nso_hf.backends.base import Backend, Weight, not_prepared
+from nso_hf.backends.base import Backend, Weight, adds_gradients, not_prepared
 
 
 class Replicated(Backend):
@@ -32,6 +32,10 @@ class Replicated(Backend):
                 module._sync_buffers()
                 module.require_forward_param_sync = False  # done, for the next forward pass
 
+    def average_copies(self, tensors: Sequence[Tensor]) -> None:
+        self.summed(tensors)
+        torch._foreach_div_(list(tensors), self.num_processes)
+
     def check_prepared(self) -> None:
         if self.num_processes > 1 and not self._wrappers():
             raise not_prepared(self._model, "wrapped in DistributedDataParallel")
@@ -50,6 +54,10 @@ class Replicated(Backend):
             return nullcontext()
         no_sync: AbstractContextManager[None] = self._accelerator.no_sync(self._model)
         return no_sync
+
+    def check_keeps_gradients_apart(self, method: str) -> None:
+        if getattr(self._model, "static_graph", False):
+            raise adds_gradients(method, "with a static graph every pass reduces all gradients")
 
 
 class ThisProcess:

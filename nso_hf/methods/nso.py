@@ -12,7 +12,8 @@ evaluation,
 
     g_m = grad f_m(W + (-1)^m U_j),    j = floor(m/2) mod k
 
-and the same expectation, since U and -U are equally likely.
+and the same expectation, since U and -U are equally likely. On every n-th step alone, sigma is
+multiplied by sqrt(n): the penalty, averaged over steps, stays sigma^2/2 Tr Hessian.
 """
 
 import math
@@ -39,6 +40,7 @@ class NSO(Method):
             "sigma_schedule",
             "sign",
             "log_sharpness",
+            "interval_scaling",
         }
     )
 
@@ -84,7 +86,8 @@ class NSO(Method):
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
         lam, k = self.args.clean_weight, self.args.num_perturbations
         share = SIGMA_SCHEDULES[self.args.sigma_schedule](step.progress)
-        sigma = share * self.args.sigma
+        n = self.args.interval if self.args.interval_scaling else 1
+        sigma = share * math.sqrt(n) * self.args.sigma
         if sigma == 0 or lam == 1:
             return (yield Point(last=True))
         if step.is_measured:

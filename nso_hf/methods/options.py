@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from nso_hf.refusal import check_choice, check_integer, check_range
+from nso_hf.refusal import check_choice, check_integer, check_positive, check_range, refusal
 from nso_hf.step.noise import DISTRIBUTIONS
 
 SIGMA_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -70,6 +71,24 @@ class SharedOptions:
             "choices": ["both", "alternate"],
         },
     )
+    start: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of training before which it is plain, in [0, 1): a late start has most "
+            "of the effect at part of the cost."
+        },
+    )
+    interval: int = field(
+        default=1,
+        metadata={"help": "Use the method on every n-th optimizer step, plain training between."},
+    )
+    interval_scaling: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply sigma by the square root of the interval, so that the mean penalty "
+            "over steps stays what it is."
+        },
+    )
     common_random_numbers: bool = field(
         default=True,
         metadata={
@@ -92,9 +111,54 @@ class SharedOptions:
         check_choice("sign", self.sign, ["both", "alternate"])
         check_range("sigma", self.sigma, 0, math.inf, "Typical values are 0.005 to 0.02")
         check_range("clean_weight", self.clean_weight, 0, 1, "The paper uses 0")
+        check_range(
+            "start", self.start, 0, 1, "0.8 leaves the last fifth of training to the method"
+        )
+        if self.start == 1:
+            raise refusal("start", self.start, "all of training would be plain", "Try 0.8")
+        check_integer("interval", self.interval, 1, "1 uses the method on every step")
         check_integer("num_perturbations", self.num_perturbations, 1, "The paper uses 1")
 
 
+Check = Callable[[str, Any, str], None]
+"""Raises a `ValueError` for the option of this name, if its value is out of range; the last
+argument is what to write instead."""
+
+
+def option(default: Any, help: str, check: Check, typical: str) -> Any:
+    """A field of a method's own options."""
+    return field(default=default, metadata={"help": help, "check": check, "typical": typical})
+
+
+def positive(name: str, value: Any, typical: str) -> None:
+    """The check of numbers above 0."""
+    check_positive(name, value, typical)
+
+
+def between(low: float, high: float = math.inf) -> Check:
+    """The check of numbers in a range, bounds included."""
+    return lambda name, value, typical: check_range(name, value, low, high, typical)
+
+
+def integer(low: int) -> Check:
+    """The check of whole numbers from `low` on."""
+    return lambda name, value, typical: check_integer(name, value, low, typical)
+
+
+def boolean(name: str, value: Any, typical: str) -> None:
+    """The check of true and false."""
+    if not isinstance(value, bool):
+        raise refusal(name, value, "must be true or false", typical)
+
+
 @dataclass(frozen=True)
-class NoOptions:
-    """Of a method that has none of its own."""
+class Options:
+    """A method's own options, which `method_kwargs` fills: none, unless it has a class of its own.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            each.metadata["check"](each.name, getattr(self, each.name), each.metadata["typical"])

@@ -123,9 +123,12 @@ class Noise:
             noise = self.block(weight, block)
             first = max(origin, weight.start)  # positions in the whole tensor
             end = min(origin + noise.numel(), weight.start + flat.numel())
-            flat[first - weight.start : end - weight.start].add_(
-                noise[first - origin : end - origin], alpha=self.std
-            )
+            part = self.scaled(noise[first - origin : end - origin], weight, first)
+            flat[first - weight.start : end - weight.start].add_(part, alpha=self.std)
+
+    def scaled(self, noise: Tensor, weight: Weight, first: int) -> Tensor:
+        """A part of U/std, from position `first` of the whole `weight` on, as it is added."""
+        return noise
 
     def block(self, weight: Weight, block: int) -> Tensor:
         """One whole block of U/std in float32, wherever the shard begins: the last block of a

@@ -1,6 +1,6 @@
 """Gradients that are added with a weight, before the optimizer steps."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,14 @@ from nso_hf.refusal import refusal
 
 
 @contextmanager
-def weighted_backward(accelerator: Accelerator, weight: float, trainer: type) -> Iterator[None]:
-    """Inside, `accelerator.backward` multiplies the loss by `weight`, and does nothing at 0; the
-    loss itself stays as it is.
+def weighted_backward(
+    accelerator: Accelerator,
+    weight: float,
+    trainer: type,
+    penalty: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[None]:
+    """Inside, `accelerator.backward` adds a `penalty` to the loss, multiplies it by `weight`, and
+    does nothing at 0; the loss itself stays as it is.
 
     Raises:
         ValueError: the `trainer` has differentiated its loss without it, or not at all.
@@ -27,7 +32,8 @@ def weighted_backward(accelerator: Accelerator, weight: float, trainer: type) ->
         nonlocal was_called
         was_called = True
         if weight:
-            backward(loss if weight == 1 else loss * weight, **kwargs)
+            objective = loss if penalty is None else loss + penalty(loss)
+            backward(objective if weight == 1 else objective * weight, **kwargs)
 
     accelerator.backward = weighted
     try:
@@ -37,10 +43,24 @@ def weighted_backward(accelerator: Accelerator, weight: float, trainer: type) ->
             del accelerator.backward
         else:
             accelerator.backward = own
-    if weight != 1 and not was_called:
+    if (weight != 1 or penalty is not None) and not was_called:
         rule = "it does not call accelerator.backward, so its gradient cannot be weighted"
         cure = "Write self.accelerator.backward(loss) for loss.backward() in it"
         raise refusal("training_step", trainer.__qualname__, rule, cure)
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode, whatever the Trainer's step asks of it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    model.train = lambda mode=True: model  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.train
+        for module, mode in modes:
+            module.training = mode
 
 
 def check_steps_afterwards(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

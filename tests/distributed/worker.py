@@ -411,8 +411,18 @@ def clip(case, directory):
     return result
 
 
+def refused(case, directory):
+    """What a trainer says that is refused when it is built, or before its first step."""
+    try:
+        make_trainer(case, directory).train()
+    except ValueError as error:
+        return {"refused": str(error)}
+    return {"refused": None}
+
+
 EXPERIMENTS = {
     "train": train,
+    "refused": refused,
     "clip": clip,
     "restore": restore,
     "noise": noise,

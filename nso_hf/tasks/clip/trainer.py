@@ -229,7 +229,7 @@ class CLIPTrainer(NSOTrainer):
         ]
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        optimizer = super().create_optimizer(*([] if model is None else [model]))
+        optimizer: Optimizer = super().create_optimizer(*([] if model is None else [model]))
         keep_logit_scale_in_bounds(optimizer, self.clip.model if model is None else model)
         return optimizer
 

@@ -1,0 +1,116 @@
+"""Every method on every back end that has it, with two processes, against its equation."""
+
+from functools import cache
+
+import pytest
+
+from tests.distributed.back_ends import BACK_ENDS, assert_is
+from tests.distributed.launch import launch, launched
+from tests.methods.equations import (
+    EQUATIONS,
+    OPTIONS,
+    SHARED,
+    TOLERANCE,
+    learning_rate,
+    momentum,
+    reference_method,
+)
+from tests.reference import largest_difference, tiny_llama, token_data
+
+pytestmark = pytest.mark.distributed
+
+HAVING = ["ddp", "fsdp2", "fsdp2 not resharded", "fsdp2 offload"]
+QUICK = ["ddp", "fsdp2"]
+
+
+def cases(back_end):
+    return {
+        f"{name}, accumulation {accumulation}": {
+            "back_end": back_end,
+            "method": name,
+            "method_kwargs": OPTIONS[name],
+            **SHARED.get(name, {}),
+            "per_device_train_batch_size": 4 // accumulation,
+            "gradient_accumulation_steps": accumulation,
+            "optim_args": f"momentum={momentum(name)}",
+            "learning_rate": learning_rate(name),
+            "max_grad_norm": 0.0,
+        }
+        for name in EQUATIONS
+        for accumulation in (1, 2)
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    @cache
+    def run(back_end):
+        return launched(cases(back_end), tmp_path_factory.mktemp("methods"))
+
+    return lambda back_end: run(back_end).result()
+
+
+@cache
+def reference(name, micro_batches):
+    model = tiny_llama()
+    losses = reference_method(
+        model, name, token_data(48), steps=3, batch=8, micro_batches=micro_batches
+    )
+    return model, losses
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize(
+    "back_end", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in HAVING]
+)
+def test_a_method_is_its_equation(results, back_end, name, accumulation):
+    # Processes that share a copy of the weights share their micro-batch.
+    micro_batches = accumulation * (2 if back_end == "ddp" else 1)
+    expected, losses = reference(name, micro_batches)
+    plain, _ = reference(None, micro_batches)
+    assert largest_difference(plain, expected) > 20 * TOLERANCE[name]
+    for rank in results(back_end):
+        result = rank[f"{name}, accumulation {accumulation}"]
+        assert_is(back_end, result, processes=2)
+        differences = [
+            (p - w).abs().max()
+            for p, w in zip(expected.parameters(), result["weights"], strict=True)
+        ]
+        assert max(differences) <= TOLERANCE[name]
+        assert result["losses"] == pytest.approx(losses, abs=2e-4)
+
+
+WITHOUT = ["zero0", "zero1", "zero2", "zero3"]
+
+
+@pytest.mark.parametrize(
+    "back_end",
+    ["zero2", *(pytest.param(b, marks=pytest.mark.slow) for b in WITHOUT if b != "zero2")],
+)
+def test_a_back_end_that_adds_gradients_is_refused(back_end, tmp_path):
+    refused = {
+        name: {
+            "experiment": "refused",
+            "back_end": back_end,
+            "method": name,
+            "method_kwargs": OPTIONS[name],
+            **SHARED.get(name, {}),
+        }
+        for name in EQUATIONS
+    }
+    for rank in launch(refused, tmp_path):
+        for name in EQUATIONS:
+            assert rank[name]["refused"].startswith(f"method='{name}': DeepSpeed ZeRO-")
+            assert "adds every gradient to those before it" in rank[name]["refused"]
+
+
+def test_a_static_graph_is_refused(tmp_path):
+    case = {"experiment": "refused", "method": "sam", "ddp_static_graph": True}
+    for rank in launch({"sam": case}, tmp_path):
+        expected = "method='sam': with a static graph every pass reduces all gradients"
+        assert rank["sam"]["refused"].startswith(expected)
+
+
+def test_every_back_end_is_here():
+    assert set(HAVING) | {b for b in BACK_ENDS if b.startswith("zero")} == set(BACK_ENDS)
