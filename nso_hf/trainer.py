@@ -28,7 +28,6 @@ from nso_hf.step.selection import (
     check_patterns,
     nothing_to_perturb,
     parameters_beside,
-    select_perturbed,
 )
 from nso_hf.step.side_effects import SideEffects, copied
 from nso_hf.step.states import States
@@ -327,7 +326,8 @@ class NSOTrainerMixin(_Base):
         if not method.displaces():
             return []
         check_steps_afterwards((weight.name, weight.parameter) for weight in self._nso_all_weights)
-        return select_perturbed(self._nso_all_weights, self.nso_args)
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return method.selected(self._nso_all_weights, unwrapped, self.nso_args)
 
     def _nso_beside(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """What the optimizer updates beside the model: at first, what it may."""
@@ -356,6 +356,8 @@ class NSOTrainerMixin(_Base):
             micro_batches=self.current_gradient_accumulation_steps,
             micro_batch=self._nso_micro_batch * backend.num_copies + backend.copy,
             weights=self._nso_weights,
+            all_weights=self._nso_all_weights,
+            model=self.accelerator.unwrap_model(model, keep_torch_compile=False),
             is_measured=self._nso_measured_step in (None, number),
             backend=backend,
             states=self._nso_states,

@@ -110,8 +110,8 @@ def reference_nso(
     batches of `global_batch` examples (a list: for each step), or another optimizer on the same g.
 
     With `alternate_micro_batches` = M the batch is cut into M parts, part m being evaluated at
-    W + (-1)^m U_j with j = (m // 2) mod k alone. Trains `model` in place; returns the loss of each
-    step.
+    W + (-1)^m U_j with j = (m // 2) mod k alone; with lam, every other part at W. Trains `model` in
+    place; returns the loss of each step.
     """
     parameters = list(model.parameters())
     losses = []
@@ -142,8 +142,15 @@ def reference_nso(
             size = sizes[step] // alternate_micro_batches
             for m in range(alternate_micro_batches):
                 part = {key: value[m * size : (m + 1) * size] for key, value in batch.items()}
-                sign = (-1) ** m
-                add(1.0, [sign * u for u in U[(m // 2) % k]], part)
+                i, weight = m, 1.0
+                if lam > 0:
+                    i, noisy = divmod(m, 2)
+                    weight = 2 * (1 - lam) if noisy else 2 * lam
+                    if not noisy:
+                        add(weight, [torch.zeros_like(w) for w in W], part)
+                        continue
+                pair, odd = divmod(i, 2) if two_sided else (i, 0)
+                add(weight, [(-1) ** odd * u for u in U[pair % k]], part)
         else:
             if lam > 0:
                 add(lam, [torch.zeros_like(w) for w in W], batch)

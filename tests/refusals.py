@@ -289,13 +289,15 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     "options of another method": option(method_kwargs={"rho": 0.05}),
     "method options that are no JSON": option(method_kwargs="{rho: 1"),
     "method options that are a list": option(method_kwargs=[1]),
-    "alternate with lambda": option(sign="alternate", clean_weight=0.3),
     "alternate, one-sided": option(sign="alternate", two_sided=False),
     "alternate with sharpness": option(sign="alternate", log_sharpness=True),
     "sharpness, one-sided": option(log_sharpness=True, two_sided=False),
     "sharpness without noise": option(log_sharpness=True, sigma=0.0),
     "sharpness with other dropout masks": option(log_sharpness=True, common_random_numbers=False),
     "alternate over an odd count": trainer(sign="alternate", gradient_accumulation_steps=3),
+    "alternate with lambda, for two signs": trainer(
+        sign="alternate", gradient_accumulation_steps=2, clean_weight=0.3
+    ),
     "alternate with too few micro-batches": trainer(
         sign="alternate", gradient_accumulation_steps=2, num_perturbations=2
     ),

@@ -71,8 +71,11 @@ def test_three_steps_equal_the_formula(tmp_path, case, accumulation):
     assert norms == pytest.approx([expected] * STEPS, rel=0.05)
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_alternate_equals_the_formula_at_the_price_of_plain_training(tmp_path, k):
+@pytest.mark.parametrize(
+    ("k", "lam", "two_sided"),
+    [(1, 0, True), (2, 0, True), (1, 0.3, True), (1, 0.3, False), (2, 0.6, False)],
+)
+def test_alternate_equals_the_formula_at_the_price_of_plain_training(tmp_path, k, lam, two_sided):
     data = token_data(STEPS * GLOBAL_BATCH)
     reference = tiny_llama()
     reference_nso(
@@ -83,6 +86,8 @@ def test_alternate_equals_the_formula_at_the_price_of_plain_training(tmp_path, k
         learning_rate=LEARNING_RATE,
         sigma=SIGMA,
         k=k,
+        lam=lam,
+        two_sided=two_sided,
         alternate_micro_batches=4,
     )
     forwards = {}
@@ -95,6 +100,8 @@ def test_alternate_equals_the_formula_at_the_price_of_plain_training(tmp_path, k
             sigma=SIGMA if sign == "alternate" else 0.0,
             sign="alternate" if sign == "alternate" else "both",
             num_perturbations=k,
+            clean_weight=lam if sign == "alternate" else 0.0,
+            two_sided=two_sided,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=4,
             lr_scheduler_type="constant",

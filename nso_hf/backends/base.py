@@ -250,6 +250,10 @@ class Backend(ABC):
     def average_copies(self, tensors: Sequence[Tensor]) -> None:  # noqa: B027
         """Give tensors that differ between copies of the weights their mean, in place."""
 
+    def whole(self, weight: Weight) -> Tensor:
+        """The whole of a weight that may be sharded: on every process, and to be read alone."""
+        return weight.data
+
     def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums over processes of whole tensors that differ between them."""
         if self.num_processes > 1:

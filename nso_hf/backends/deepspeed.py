@@ -57,6 +57,14 @@ class DeepSpeed(Backend):
         # step; from stage 2 on in each backward pass, which adds to the partition of this process.
         return nullcontext()
 
+    def whole(self, weight: Weight) -> Tensor:
+        if not hasattr(weight.parameter, "ds_tensor"):
+            return super().whole(weight)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight.parameter]):
+            return weight.parameter.detach().clone()
+
     def check_prepared(self) -> None:
         if self._engine is None:
             raise not_prepared(self._model, "held by DeepSpeed")

@@ -116,6 +116,12 @@ class FSDP2(Backend):
             return gradient.to_local()
         return self.summed([gradient / self.num_processes])[0]
 
+    def whole(self, weight: Weight) -> Tensor:
+        parameter = weight.parameter.detach()
+        if isinstance(parameter, DTensor):
+            return parameter.full_tensor().to(weight.data.device)
+        return super().whole(weight)
+
     def _own_part(self, tensor: Tensor | None) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else super()._own_part(tensor)
 

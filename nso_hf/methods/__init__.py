@@ -5,6 +5,7 @@ from nso_hf.methods.async_sam import AsyncSAM
 from nso_hf.methods.base import Method, Point, Step
 from nso_hf.methods.bsam import BSAM
 from nso_hf.methods.cr_sam import CRSAM
+from nso_hf.methods.flat_lora import FlatLoRA
 from nso_hf.methods.fsam import FSAM
 from nso_hf.methods.hero import HERO
 from nso_hf.methods.msam import MSAM
@@ -28,5 +29,6 @@ METHODS: dict[str, type[Method]] = {
     "hero": HERO,
     "msam": MSAM,
     "async_sam": AsyncSAM,
+    "flat_lora": FlatLoRA,
     "zo": ZO,
 }

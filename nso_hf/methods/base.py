@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nso_hf.backends import Backend, Weight
@@ -16,6 +16,7 @@ from nso_hf.methods.options import Options, SharedOptions
 from nso_hf.step.direction import Direction
 from nso_hf.step.noise import Noise
 from nso_hf.step.perturbation import Displacement
+from nso_hf.step.selection import SelectionOptions, select_perturbed
 from nso_hf.step.states import States
 
 
@@ -59,6 +60,10 @@ class Step:
     processes that share one copy between them share the number."""
     weights: Sequence[Weight]
     """The perturbed weights."""
+    all_weights: Sequence[Weight]
+    """Every weight of the model, and what is trained beside it."""
+    model: nn.Module
+    """As its author wrote it: not wrapped."""
     is_measured: bool
     """Whether this step's measurements are going to be logged."""
     backend: Backend
@@ -158,6 +163,12 @@ class Method(ABC):
 
     def check_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027
         """Raise a `ValueError` for an optimizer that does not go with the method."""
+
+    def selected(
+        self, weights: Sequence[Weight], model: nn.Module, args: SelectionOptions
+    ) -> list[Weight]:
+        """Those of all `weights` that it moves: the trainable ones that `args` selects."""
+        return select_perturbed(weights, args)
 
     def displaces(self) -> bool:
         """Whether it ever moves the weights: if not, training is plain."""

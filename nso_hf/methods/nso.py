@@ -12,7 +12,14 @@ evaluation,
 
     g_m = grad f_m(W + (-1)^m U_j),    j = floor(m/2) mod k
 
-and the same expectation, since U and -U are equally likely. On every n-th step alone, sigma is
+and the same expectation, since U and -U are equally likely. With clean_weight it deals the
+gradient at W, too (m-RWP, arXiv 2404.00357, is that with two_sided=False): even micro-batches are
+at W, odd ones are displaced,
+
+    g_m = 2 lambda grad f_m(W)                          m even
+    g_m = 2 (1-lambda) grad f_m(W + (-1)^i U_j)         m = 2 i + 1, or + U_j if one-sided
+
+with j = floor(i/2) mod k, or i mod k. On every n-th step alone, sigma is
 multiplied by sqrt(n): the penalty, averaged over steps, stays sigma^2/2 Tr Hessian.
 """
 
@@ -49,12 +56,9 @@ class NSO(Method):
         if args.sign == "alternate":
             rule = "sign='alternate' has one evaluation per micro-batch, at W + U or at W - U"
             both = "or use sign='both'"
-            if not args.two_sided:
-                raise refusal("two_sided", False, rule, f"Set two_sided=True, {both}")
-            if args.clean_weight:
-                raise refusal(
-                    "clean_weight", args.clean_weight, rule, f"Set clean_weight=0, {both}"
-                )
+            if not args.two_sided and not args.clean_weight:
+                cure = f"Set two_sided=True, or clean_weight above 0, {both}"
+                raise refusal("two_sided", False, rule, cure)
             if args.log_sharpness:
                 raise refusal("log_sharpness", True, rule, f"Set log_sharpness=False, {both}")
         if args.log_sharpness and not args.two_sided:
@@ -68,13 +72,16 @@ class NSO(Method):
             raise refusal("log_sharpness", True, rule, "Set sigma > 0 and clean_weight < 1")
 
     def check_micro_batches(self, accumulation: int, copies: int) -> None:
-        evaluations = 2 * self.args.num_perturbations
+        signs, parts = 1 + self.args.two_sided, 1 + (self.args.clean_weight > 0)
+        evaluations = parts * signs * self.args.num_perturbations
         if self.args.sign == "alternate" and accumulation * copies % evaluations:
+            factors = " x ".join(
+                [*["2"] * (parts == 2), *["2"] * (signs == 2), "num_perturbations"]
+            )
             rule = (
                 f"gradient_accumulation_steps ({accumulation}) x copies of the weights ({copies}: "
                 "one per process, or one per group of processes that shard it) must be a multiple "
-                f"of 2 x num_perturbations ({evaluations}), so that each U meets as many + as - "
-                "signs"
+                f"of {factors} ({evaluations}), so that each evaluation meets as many micro-batches"
             )
             multiple = math.lcm(evaluations, copies) // copies
             cure = f"Set gradient_accumulation_steps to a multiple of {multiple}"
@@ -97,8 +104,15 @@ class NSO(Method):
             return Noise(step.seed, step.number, j, sigma, self.args.distribution)
 
         if self.args.sign == "alternate":
-            pair, odd = divmod(step.micro_batch, 2)
-            return (yield Point(U(pair % k), sign=-1 if odd else 1, last=True))
+            i, weight = step.micro_batch, 1.0
+            if lam > 0:
+                i, is_noisy = divmod(i, 2)
+                weight = 2 * (1 - lam) if is_noisy else 2 * lam
+                if not is_noisy:
+                    return weight * (yield Point(weight=weight, last=True))
+            pair, odd = divmod(i, 2) if self.args.two_sided else (i, 0)
+            point = Point(U(pair % k), sign=-1 if odd else 1, weight=weight, last=True)
+            return weight * (yield point)
 
         # While sigma is still small the differences of losses are rounding, divided by sigma^2.
         measures_trace = self.args.log_sharpness and step.is_measured and share >= 0.1

@@ -46,11 +46,16 @@ class RowNoise(Noise):
 
     rows: Mapping[int, Tensor] | None = None
     """Weight's index -> one number for each of its rows."""
+    columns: frozenset[int] = frozenset()
+    """Indices of matrices that hold their rows as columns."""
 
     def scaled(self, noise: Tensor, weight: Weight, first: int) -> Tensor:
         assert self.rows is not None
         rows, length = self.rows[weight.index], row_length(weight.shape)
         end = first + noise.numel()
+        if weight.index in self.columns:
+            places = torch.arange(first, end, device=noise.device) % length
+            return noise * rows.to(noise.dtype)[places]
         above, below = first // length, (end - 1) // length + 1
         factors = rows[above:below].to(noise.dtype)
         if len(factors) == 1:

@@ -74,9 +74,11 @@ def parameters_beside(trainer: object, model: nn.Module) -> Iterator[tuple[str, 
                     yield name, parameter
 
 
-def select_perturbed(weights: Sequence[Weight], args: SelectionOptions) -> list[Weight]:
-    """The trainable ones among all `weights` of a model that the options of `args` select, each
-    place in memory once.
+def select_perturbed(
+    weights: Sequence[Weight], args: SelectionOptions, frozen: bool = False
+) -> list[Weight]:
+    """The trainable ones among `weights`, or `frozen` ones too, that the options of `args` select,
+    each place in memory once.
 
     Raises:
         ValueError: one of them cannot carry noise, or shares a part of its memory with another.
@@ -84,7 +86,7 @@ def select_perturbed(weights: Sequence[Weight], args: SelectionOptions) -> list[
     selected = [
         weight
         for weight in weights
-        if weight.parameter.requires_grad
+        if (frozen or weight.parameter.requires_grad)
         and len(weight.shape) >= args.perturb_min_ndim
         and (args.perturb_include is None or _matches(weight, args.perturb_include))
         and not _matches(weight, args.perturb_exclude or [])

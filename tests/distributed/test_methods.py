@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from tests.distributed.back_ends import BACK_ENDS, assert_is
+from tests.distributed.back_ends import BACK_ENDS, assert_is, lora
 from tests.distributed.launch import launch, launched
 from tests.methods.equations import (
     EQUATIONS,
@@ -15,12 +15,14 @@ from tests.methods.equations import (
     momentum,
     reference_method,
 )
+from tests.methods.test_flat_lora import RHO, reference_flat_lora
 from tests.reference import largest_difference, tiny_llama, token_data
 
 pytestmark = pytest.mark.distributed
 
 HAVING = ["ddp", "fsdp2", "fsdp2 not resharded", "fsdp2 offload"]
 QUICK = ["ddp", "fsdp2"]
+FLAT = ["fsdp2", "zero3"]
 
 
 def cases(back_end):
@@ -57,6 +59,30 @@ def reference(name, micro_batches):
         model, name, token_data(48), steps=3, batch=8, micro_batches=micro_batches
     )
     return model, losses
+
+
+@pytest.mark.parametrize(
+    "back_end", [b if b in FLAT else pytest.param(b, marks=pytest.mark.slow) for b in BACK_ENDS]
+)
+def test_flat_lora_is_its_equation(back_end, tmp_path):
+    """The base weights may be sharded, by rows or anywhere in them."""
+    case = {
+        "back_end": back_end,
+        "method": "flat_lora",
+        "method_kwargs": {"rho": RHO},
+        "lora": True,
+        "per_device_train_batch_size": 4,
+        "max_grad_norm": 0.0,
+    }
+    expected, plain = lora(tiny_llama()), lora(tiny_llama())
+    options = {"steps": 3, "batch": 8, "lr": 1.0}
+    reference_flat_lora(expected, token_data(48), **options)
+    reference_flat_lora(plain, token_data(48), rho=0.0, **options)
+    assert largest_difference(plain, expected) > 100e-6
+    for rank in launch({"flat": case}, tmp_path):
+        assert_is(back_end, rank["flat"], processes=2)
+        for p, w in zip(expected.parameters(), rank["flat"]["weights"], strict=True):
+            assert (p - w).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -15,6 +15,7 @@ from nso_hf.backends.deepspeed import DeepSpeed
 from nso_hf.backends.fsdp2 import FSDP2
 from nso_hf.backends.replicated import Replicated
 from nso_hf.methods import METHODS
+from tests.distributed.back_ends import lora
 from tests.methods.equations import OPTIONS
 from tests.reference import config, tiny_llama, token_data
 
@@ -36,6 +37,7 @@ MEMORY = {
     "hero": "W, g0, g1, two displacements",
     "msam": "W",
     "async_sam": "W, the gradient before",
+    "flat_lora": "the base weights that are adapted",
     "zo": "W, in place of the activations",
 }
 """Tensors of the weights' size beside the weights, their gradient and what the optimizer keeps."""
@@ -59,7 +61,8 @@ def passes(name: str) -> int:
         if name == "bsam":
             optimizer = {"optim": "sgd"}
         args = config(folder, method=name, max_steps=2, **options, **optimizer)
-        Counting(model=tiny_llama(), args=args, train_dataset=token_data(8)).train()
+        model = lora(tiny_llama()) if name == "flat_lora" else tiny_llama()
+        Counting(model=model, args=args, train_dataset=token_data(8)).train()
     return counted.count(1)
 
 
