@@ -88,12 +88,20 @@ class NSOArguments(SharedOptions, SelectionOptions):
                 known = f"takes {', '.join(takes)}" if takes else "takes none"
                 rule = f"method {self.method!r} {known}, not {name!r}"
                 raise refusal("method_kwargs", given, rule, f"Remove {name!r}")
-        for option in dataclasses.fields(SharedOptions):
-            value = getattr(self, option.name)
-            if option.name not in method.reads | _OF_EVERY_METHOD and value != option.default:
-                rule = f"method {self.method!r} does not read it"
-                raise refusal(option.name, value, rule, "Remove it, or set method='nso'")
-        return method(self, method.Options(**given))
+        options = method.Options(**given)
+        read = method.reads | _OF_EVERY_METHOD
+        unread = {
+            option.name: (getattr(self, option.name), option.default)
+            for option in dataclasses.fields(SharedOptions)
+            if option.name not in read and getattr(self, option.name) != option.default
+        }
+        if unread:
+            *others, (name, (value, _)) = unread.items()
+            also = "".join(f", nor {other}={it!r}" for other, (it, _) in others)
+            rule = f"method {self.method!r} does not read it{also}"
+            defaults = ", ".join(f"{other}={default!r}" for other, (_, default) in unread.items())
+            raise refusal(name, value, rule, f"Set {defaults}, the defaults, or method='nso'")
+        return method(self, options)
 
 
 @dataclass

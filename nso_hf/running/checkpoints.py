@@ -79,8 +79,9 @@ def how_to_go_on(args: TrainingArguments, step: int) -> str:
 
 def _last_checkpoint(args: TrainingArguments) -> str:
     last = last_complete_checkpoint(Path(str(args.output_dir)), args.world_size)
-    cure = "the same command with --resume_from_checkpoint last goes on"
-    return f"last checkpoint: {last}; {cure if last else 'no checkpoint was saved yet'}"
+    if last is None:
+        return "no checkpoint was saved yet; the same command begins anew"
+    return f"last checkpoint: {last}; the same command with --resume_from_checkpoint last goes on"
 
 
 def _is_full(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from nso_hf.arguments import NSOArguments
 from nso_hf.refusal import Refusal, refusal
-from nso_hf.running.config_file import read_config
+from nso_hf.running.config_file import keys_of, read_config
 from nso_hf.running.program import end_with
 
 _MOST_USED = {
@@ -94,7 +94,7 @@ class RecipeParser(HfArgumentParser):
         )
         self.help_is_whole = False
         self._configs = configs  # a folder of files that are found by name
-        names = ", ".join(sorted(path.stem for path in configs.glob("*.yaml"))) if configs else ""
+        names = ", ".join(self._named_configs())
         named = f", or the name of one that is installed: {names}" if names else ""
         self.add_argument("--help_all", action=_HelpAll, help="Show all training options too.")
         self.add_argument(
@@ -103,6 +103,12 @@ class RecipeParser(HfArgumentParser):
         for action in self._actions:
             if action.dest == "resume_from_checkpoint":
                 action.help = "The checkpoint to go on from; 'last': the last one in --output_dir."
+
+    def _named_configs(self) -> list[str]:
+        """Of the folder's files those that hold options of this program alone."""
+        known = {action.dest for action in self._actions}
+        files = sorted(self._configs.glob("*.yaml")) if self._configs is not None else []
+        return [file.stem for file in files if keys_of(file) <= known]
 
     def format_help(self) -> str:
         formatter = self._get_formatter()

@@ -25,6 +25,11 @@ _Loader.add_implicit_resolver(
 _WORDS = {int: "an integer", float: "a number", string_to_bool: "true or false"}
 
 
+def keys_of(path: Path) -> set[str]:
+    """The options that a file names."""
+    return set(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+
+
 def read_config(
     path: Path, actions: dict[str, argparse.Action], hints: dict[str, Any]
 ) -> dict[str, Any]:

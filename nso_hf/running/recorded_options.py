@@ -115,7 +115,8 @@ class RecordedOptions(TrainerCallback):
             return
         if self._resumes:
             changes = "; ".join(f"{n} {old!r} -> {new!r}" for n, (old, new) in self.changes.items())
-            print(f"Going on from step {state.global_step}; changed: {changes or 'nothing'}.")
+            how = f"changed: {changes}" if changes else "with the same options"
+            print(f"\nGoing on from step {state.global_step}; {how}.")
         record = {"options": self.history, "facts": self._facts}
         path = Path(str(args.output_dir)) / _FILE
         path.parent.mkdir(parents=True, exist_ok=True)

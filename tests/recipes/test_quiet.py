@@ -27,9 +27,12 @@ def noise(command, folder):
     return [line for line in lines if OF_OTHERS.search(line)]
 
 
-def test_the_first_snippet_of_the_readme(tmp_path):
-    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert noise(["-c", code[1]], tmp_path) == []
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("code", [c for c in SNIPPETS if "train()" in c], ids=lambda c: c[-20:])
+def test_the_snippets_of_the_readme(tmp_path, code):
+    assert noise(["-c", code], tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

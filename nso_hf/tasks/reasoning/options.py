@@ -115,7 +115,7 @@ class DataOptions:
                     "dataset_kwargs", self.dataset_kwargs, f"not JSON ({error})", cure
                 ) from error
         if self.dataset_kwargs and self.task is None:
-            cure = "Remove it, or use --dataset reasoning_gym:TASK"
+            cure = "Set it to {}, or use --dataset reasoning_gym:TASK"
             raise refusal(
                 "dataset_kwargs", self.dataset_kwargs, "only read by reasoning_gym tasks", cure
             )
