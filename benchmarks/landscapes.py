@@ -1,6 +1,6 @@
 """Landscapes whose flattest minima are known: where does each method go?
 
-    python -m benchmarks.landscapes [--steps 3000] [--output docs/landscapes]
+    python -m benchmarks.landscapes [--steps 2000] [--output docs/landscapes]
 
 The valley f(x, y) = (x y - 1)^2: its minima are the curve x y = 1, where the trace of the Hessian
 is 2 (x^2 + y^2), least at |x| = |y| = 1. All methods start at (2.5, 0.8).
@@ -35,7 +35,7 @@ VALLEY: dict[str, dict[str, Any]] = {
 }
 SENSING: dict[str, dict[str, Any]] = {
     "SGD": {"sigma": 0.0},
-    "NSO": {"sigma": 0.05},
+    "NSO": {"sigma": 0.02},
     "SAM": {"method": "sam", "method_kwargs": {"rho": 0.5}},
     "CR-SAM": {"method": "cr_sam", "method_kwargs": {"rho": 0.5}},
 }
@@ -121,16 +121,22 @@ def sensing(steps: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for kind, noise in (("clean", 0.0), ("noisy", 0.5)):
         A, y, X = measurements(noise)
+        true = torch.linalg.matrix_norm(X, "nuc").item()
         for name, given in SENSING.items():
             model = Sensing(A, y, seed=1)
-            train(model, steps, 0.0025, given)
+            train(model, steps, 0.03, given)
             batch = {"index": torch.tensor([0])}
             with torch.no_grad():
                 error = ((model.U @ model.U.T - X).norm() / X.norm()).item()
                 loss = model(**batch)["loss"].item()
             trace = hessian_trace(model, [batch], num_samples=20)
-            results[f"{kind}, {name}"] = {"error": error, "loss": loss, "trace": trace.estimate}
-            print(f"{kind:8} {name:8} error {error:.3f} loss {loss:.2e} {trace}", flush=True)
+            nuclear = model.U.square().sum().item() / true  # of U U'
+            row = {"error": error, "nuclear": nuclear, "loss": loss, "trace": trace.estimate}
+            results[f"{kind}, {name}"] = row
+            print(
+                f"{kind:8} {name:8} error {error:.3f}, loss {loss:.1e}, trace {trace.estimate:.3g}",
+                flush=True,
+            )
     return results
 
 
@@ -163,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=Path("docs/landscapes"))
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()

@@ -6,7 +6,9 @@ import pytest
 
 from tests.distributed.back_ends import BACK_ENDS, assert_is, lora
 from tests.distributed.launch import launch, launched
+from tests.distributed.test_ddp import static_graphs
 from tests.methods.equations import (
+    BY_OPTIONS,
     EQUATIONS,
     OPTIONS,
     SHARED,
@@ -25,36 +27,54 @@ QUICK = ["ddp", "fsdp2"]
 FLAT = ["fsdp2", "zero3"]
 
 
+def case(back_end, name, accumulation):
+    return {
+        "back_end": back_end,
+        "method": name,
+        "method_kwargs": OPTIONS[name],
+        **SHARED.get(name, {}),
+        "per_device_train_batch_size": 4 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "optim_args": f"momentum={momentum(name)}",
+        "learning_rate": learning_rate(name),
+        "max_grad_norm": 0.0,
+    }
+
+
 def cases(back_end):
     return {
-        f"{name}, accumulation {accumulation}": {
-            "back_end": back_end,
-            "method": name,
-            "method_kwargs": OPTIONS[name],
-            **SHARED.get(name, {}),
-            "per_device_train_batch_size": 4 // accumulation,
-            "gradient_accumulation_steps": accumulation,
-            "optim_args": f"momentum={momentum(name)}",
-            "learning_rate": learning_rate(name),
-            "max_grad_norm": 0.0,
-        }
-        for name in EQUATIONS
+        f"{name}, accumulation {accumulation}": case(back_end, name, accumulation)
+        for name in BY_OPTIONS
         for accumulation in (1, 2)
     }
+
+
+MORE = [
+    *((name, "LoRA") for name in BY_OPTIONS),
+    # What is divided by a small step, HERO's difference of gradients and ZO's of losses, drowns in
+    # the roundings of bfloat16.
+    *((name, "bf16") for name in BY_OPTIONS if name not in ("hero", "zo")),
+]
+
+
+def more_cases(back_end):
+    """With adapters, and with what is computed in bfloat16."""
+    given = {"LoRA": {"lora": True}, "bf16": {"bf16": True}}
+    return {f"{name}, {word}": {**case(back_end, name, 2), **given[word]} for name, word in MORE}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     @cache
-    def run(back_end):
+    def run(back_end, cases):
         return launched(cases(back_end), tmp_path_factory.mktemp("methods"))
 
-    return lambda back_end: run(back_end).result()
+    return lambda back_end, cases=cases: run(back_end, cases).result()
 
 
 @cache
-def reference(name, micro_batches):
-    model = tiny_llama()
+def reference(name, micro_batches, use_lora=False):
+    model = lora(tiny_llama()) if use_lora else tiny_llama()
     losses = reference_method(
         model, name, token_data(48), steps=3, batch=8, micro_batches=micro_batches
     )
@@ -86,7 +106,7 @@ def test_flat_lora_is_its_equation(back_end, tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("name", BY_OPTIONS)
 @pytest.mark.parametrize(
     "back_end", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in HAVING]
 )
@@ -105,6 +125,27 @@ def test_a_method_is_its_equation(results, back_end, name, accumulation):
         ]
         assert max(differences) <= TOLERANCE[name]
         assert result["losses"] == pytest.approx(losses, abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "word"), MORE)
+@pytest.mark.parametrize("back_end", HAVING)
+def test_a_method_with_adapters_and_in_bfloat16(results, back_end, name, word):
+    micro_batches = 4 if back_end == "ddp" else 2
+    expected, _ = reference(name, micro_batches, word == "LoRA")
+    before = lora(tiny_llama()) if word == "LoRA" else tiny_llama()
+    moved = largest_difference(before, expected)
+    # bfloat16: as in test_matrix.py, twice, for the ascent and the gradient there.
+    tolerance = TOLERANCE[name] if word == "LoRA" else 2**-5 * moved
+    for rank in results(back_end, more_cases):
+        result = rank[f"{name}, {word}"]
+        assert_is(back_end, result, processes=2)
+        assert result["computed_in"] == ("bfloat16" if word == "bf16" else "float32")
+        differences = [
+            (p - w).abs().max()
+            for p, w in zip(expected.parameters(), result["weights"], strict=True)
+        ]
+        assert max(differences) <= tolerance
 
 
 WITHOUT = ["zero0", "zero1", "zero2", "zero3"]
@@ -131,6 +172,7 @@ def test_a_back_end_that_adds_gradients_is_refused(back_end, tmp_path):
             assert "adds every gradient to those before it" in rank[name]["refused"]
 
 
+@static_graphs
 def test_a_static_graph_is_refused(tmp_path):
     case = {"experiment": "refused", "method": "sam", "ddp_static_graph": True}
     for rank in launch({"sam": case}, tmp_path):

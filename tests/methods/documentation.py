@@ -57,9 +57,7 @@ def passes(name: str) -> int:
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         options = {"method_kwargs": OPTIONS[name]} if name in OPTIONS else {}
-        optimizer = {"optim": "sgd", "optim_args": "momentum=0.9"} if name == "msam" else {}
-        if name == "bsam":
-            optimizer = {"optim": "sgd"}
+        optimizer = {"optim": "sgd"} if name == "bsam" else {}
         args = config(folder, method=name, max_steps=2, **options, **optimizer)
         model = lora(tiny_llama()) if name == "flat_lora" else tiny_llama()
         Counting(model=model, args=args, train_dataset=token_data(8)).train()

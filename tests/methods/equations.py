@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nso_hf.step.noise import Noise
+from tests.older import IS_VERSION_4
 from tests.reference import causal_loss_sum, whole_noise
 
 
@@ -47,7 +48,7 @@ def cr_sam(g, W, step, rho, gamma, beta):
 
 def rsam(g, W, step, rho, filter_sigma, clean_weight):
     u = []
-    for index, w in enumerate(W):
+    for index, w in zip(g.indices, W, strict=True):
         z = whole_noise(w, index, Noise(42, step, 0, 1.0))
         filters = w.flatten(1).norm(dim=1) if w.ndim > 1 else w.norm().view(1)
         u.append(filter_sigma * z * filters.view(-1, *[1] * (w.ndim - 1)))
@@ -119,7 +120,7 @@ class BSAM:
         noise = Noise(42, step, 0, 1.0)
         z = [
             whole_noise(w, i, noise) / (self.N * s).sqrt()
-            for i, (w, s) in enumerate(zip(W, self.s, strict=True))
+            for i, w, s in zip(g.indices, W, self.s, strict=True)
         ]
         g1 = g(z)
         self.sizes.append([x.abs() for x in g1])
@@ -151,7 +152,8 @@ def hero(g, W, step, h, strength, exact=False):
 def zo(g, W, step, mu, k=2):
     total = [torch.zeros_like(w) for w in W]
     for j in range(k):
-        z = [whole_noise(w, i, Noise(42, step, j, 1.0)) for i, w in enumerate(W)]
+        noise = Noise(42, step, j, 1.0)
+        z = [whole_noise(w, i, noise) for i, w in zip(g.indices, W, strict=True)]
         with torch.no_grad():
             above, below = g.loss(scaled(mu, z))[0], g.loss(scaled(-mu, z))[0]
         g.back()
@@ -206,6 +208,10 @@ def momentum(name):
     return 0.9 if name == "msam" else 0.0
 
 
+BY_OPTIONS = [name for name in EQUATIONS if not (IS_VERSION_4 and momentum(name))]
+"""Methods whose optimizer can be had by options: the momentum of SGD not in older versions."""
+
+
 def learning_rate(name):
     return 1e-3 if name == "zo" else 0.3
 
@@ -213,7 +219,8 @@ def learning_rate(name):
 def reference_method(model, name, data, *, steps, batch, micro_batches):
     """Trains `model` in place with SGD and momentum; returns each step's loss, at the last point
     that is evaluated or, where there is one, at W. No name is plain training."""
-    parameters = list(model.parameters())
+    numbered = [(i, p) for i, p in enumerate(model.parameters()) if p.requires_grad]
+    indices, parameters = zip(*numbered, strict=True)
     equation = EQUATIONS[name](**OPTIONS[name]) if name else lambda g, W, step: g(None)
     losses, velocity = [], None
     for step in range(steps):
@@ -252,7 +259,7 @@ def reference_method(model, name, data, *, steps, batch, micro_batches):
                 for p, w in zip(parameters, W, strict=True):
                     p.data = w.clone()
 
-            g.loss, g.back = loss_at, back
+            g.loss, g.back, g.indices = loss_at, back, indices
             for t, x in zip(total, equation(g, W, step), strict=True):
                 t.add_(x / micro_batches)
             points = seen.get("points", [])

@@ -10,7 +10,7 @@ from torch.optim import SGD
 from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.methods import METHODS
 from tests.methods.documentation import page
-from tests.methods.equations import EQUATIONS, OPTIONS, SHARED, learning_rate, momentum
+from tests.methods.equations import BY_OPTIONS, EQUATIONS, OPTIONS, SHARED, learning_rate, momentum
 from tests.reference import config, largest_difference, tiny_llama, token_data, train
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -60,7 +60,7 @@ def test_every_option_says_what_it_is(name):
         assert option.metadata["help"] and option.metadata["typical"]
 
 
-@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("name", BY_OPTIONS)
 def test_a_rate_of_0_gives_the_weights_back_bit_for_bit(tmp_path, name):
     model, before = tiny_llama(), tiny_llama()
     arguments = {**optimizer_arguments(name), "learning_rate": 0.0}
@@ -72,7 +72,7 @@ def test_a_rate_of_0_gives_the_weights_back_bit_for_bit(tmp_path, name):
     assert all(norm > 0 for norm in norms[first:])
 
 
-@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("name", BY_OPTIONS)
 def test_resume_is_bit_equal(tmp_path, name):
     arguments = {
         **options(name),
