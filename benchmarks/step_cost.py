@@ -1,7 +1,7 @@
 """Time and memory of an optimizer step, each way of training in a process of its own, as ratios to
 plain training.
 
-    python benchmarks/step_cost.py [--steps 8] [--hidden 384] [--layers 6]
+    python benchmarks/step_cost.py [--steps 20] [--hidden 384] [--layers 6]
     python benchmarks/step_cost.py --against ../nso_hf-before
 
 With `--against`, two-sided NSO of this checkout and of another one take turns, five times.
@@ -34,6 +34,19 @@ WAYS = {
     "nso, alternate": {"sign": "alternate"},
     "nso, k=2": {"num_perturbations": 2},
     "naive": {},
+    "nso, start 0.8": {"start": 0.8},
+    "nso, interval 10": {"interval": 10},
+    "sam": {"method": "sam"},
+    "sam, interval 10": {"method": "sam", "interval": 10},
+    "asam": {"method": "asam"},
+    "rsam": {"method": "rsam"},
+    "bsam": {"method": "bsam", "method_kwargs": {"num_examples": 64}, "optim": "sgd"},
+    "fsam": {"method": "fsam"},
+    "cr_sam": {"method": "cr_sam"},
+    "hero": {"method": "hero"},
+    "msam": {"method": "msam"},
+    "async_sam": {"method": "async_sam"},
+    "zo": {"method": "zo"},
 }
 
 
@@ -70,8 +83,7 @@ class Stopwatch(TrainerCallback):
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds per optimizer step (the first two left out), and the peak resident memory in
-    MiB."""
+    """Mean seconds per optimizer step (the first left out), and the peak resident memory in MiB."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=8192,
@@ -91,7 +103,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
             use_cpu=True,
             report_to="none",
             save_strategy="no",
-            max_steps=options.steps + 2,
+            max_steps=options.steps + 1,
             disable_tqdm=True,
             per_device_train_batch_size=options.batch,
             gradient_accumulation_steps=2,
@@ -103,7 +115,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     parameters = sum(p.numel() for p in model.parameters())
-    return {"seconds": statistics.median(watch.times[2:]), "peak": peak, "parameters": parameters}
+    return {"seconds": statistics.mean(watch.times[1:]), "peak": peak, "parameters": parameters}
 
 
 def in_a_process(way: str, checkout: Path | None = None) -> dict[str, float]:
@@ -134,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps timed")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps timed")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
@@ -150,7 +162,10 @@ def main() -> None:
     if options.way:
         print("RESULT", json.dumps(measure(options.way, options)))
         return
-    results = {way: in_a_process(way) for way in WAYS}
+    results = {}
+    for way in WAYS:
+        results[way] = in_a_process(way)
+        print(f"{way}: {results[way]['seconds']:.3f} s", file=sys.stderr, flush=True)
     plain = results["plain"]
     copy = plain["parameters"] * 4 / 2**20
     print(
