@@ -1,6 +1,7 @@
 """What is installed is usable where no checkout is near."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -24,12 +25,24 @@ ENVIRONMENT = {
 }
 
 
+def sources():
+    """What git knows, or what a source distribution holds."""
+    if (ROOT / ".git").exists():
+        files = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT)
+        return files.decode().split()
+    left_out = re.compile(r"__pycache__|\.egg-info|^\.|^(runs|build|dist)$")
+    return [
+        path.relative_to(ROOT)
+        for path in ROOT.rglob("*")
+        if not any(left_out.search(part) for part in path.relative_to(ROOT).parts)
+    ]
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder that `python -m build` fills, from a copy of what git knows."""
+    """The folder that `python -m build` fills, from a copy of the sources."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    files = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT)
-    for name in files.decode().split():
+    for name in sources():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())

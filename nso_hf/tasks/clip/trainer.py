@@ -89,6 +89,11 @@ class CLIPTrainer(NSOTrainer):
         if self.nso_args.sign == "alternate" and self.nso_backend.num_copies > 1:
             rule = "the features of processes at W + U and at W - U would be compared"
             raise refusal("sign", "alternate", rule, "Use sign='both', or shard the weights")
+        parts = args.gradient_accumulation_steps * self.nso_backend.num_copies
+        if self.nso_args.chosen_method().reads_gradients and parts > 1:
+            rule = "all pairs of a step are compared: no micro-batch has a gradient of its own"
+            cure = "Use gradient_accumulation_steps=1 and one copy of the weights, or method='nso'"
+            raise refusal("method", self.nso_args.method, rule, cure)
         has_own_batches = train_dataset is not None and not isinstance(train_dataset, PairStream)
         if has_own_batches and not args.dataloader_drop_last:
             rule = "a smaller last batch, or one filled up with pairs it has, is another loss"
