@@ -203,6 +203,40 @@ def test_outside_of_training_the_loss_is_of_the_batch(tmp_path):
     )
 
 
+def test_sam_of_the_whole_batch(tmp_path):
+    """One ascent along the gradient of the contrastive loss, in a plain loop in float64. The
+    temperature is not displaced, unless it is asked for."""
+    data, rho, rate = pair_data(BATCH), 0.05, 0.01
+    clip = tiny_clip()
+    clip.model.double()
+    options = {"method": "sam", "method_kwargs": {"rho": rho}, "learning_rate": rate}
+    args = clip_config(tmp_path, max_steps=1, **options)
+    trainer = CLIPTrainer(clip, args, train_dataset=data)
+    trainer.train()
+
+    model = tiny_clip().model.double().train()
+    batch = {
+        key: value.double() if value.is_floating_point() else value
+        for key, value in trainer.data_collator(data).items()
+    }
+    named = dict(model.named_parameters())
+    W = {name: p.detach().clone() for name, p in named.items()}
+
+    def gradient():
+        loss = open_clip.ClipLoss()(**model(**batch))
+        return dict(zip(named, torch.autograd.grad(loss, [*named.values()]), strict=True))
+
+    g1 = gradient()
+    moved = [name for name in named if name != "logit_scale"]
+    length = torch.stack([g1[name].norm() for name in moved]).norm()
+    for name in moved:
+        named[name].data.add_(rho * g1[name] / length)
+    g2 = gradient()
+    for name, p in clip.model.named_parameters():
+        # Gradients of up to 23 to the roundings of float64, times the rate.
+        assert (p - (W[name] - rate * g2[name])).abs().max() <= 1e-12
+
+
 def test_an_ascent_of_one_micro_batch_is_refused(tmp_path):
     args = clip_config(tmp_path, method="sam", gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="all pairs of a step are compared"):
