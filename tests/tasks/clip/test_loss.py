@@ -206,7 +206,11 @@ def test_outside_of_training_the_loss_is_of_the_batch(tmp_path):
 def test_sam_of_the_whole_batch(tmp_path):
     """One ascent along the gradient of the contrastive loss, in a plain loop in float64. The
     temperature is not displaced, unless it is asked for."""
-    data, rho, rate = pair_data(BATCH), 0.05, 0.01
+    rho, rate = 0.05, 0.01
+    data = [
+        {key: value.double() if value.is_floating_point() else value for key, value in pair.items()}
+        for pair in pair_data(BATCH)
+    ]
     clip = tiny_clip()
     clip.model.double()
     options = {"method": "sam", "method_kwargs": {"rho": rho}, "learning_rate": rate}
@@ -215,10 +219,7 @@ def test_sam_of_the_whole_batch(tmp_path):
     trainer.train()
 
     model = tiny_clip().model.double().train()
-    batch = {
-        key: value.double() if value.is_floating_point() else value
-        for key, value in trainer.data_collator(data).items()
-    }
+    batch = trainer.data_collator(data)
     named = dict(model.named_parameters())
     W = {name: p.detach().clone() for name, p in named.items()}
 
