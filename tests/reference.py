@@ -1,5 +1,6 @@
 """A tiny real model with data, and NSO written as a plain-PyTorch loop from the paper's formula."""
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from nso_hf.backends import Weight
 from nso_hf.step.noise import Noise, block_size
 
 VOCABULARY = 50
+DEVICE = torch.device(os.environ.get("NSO_TEST_DEVICE", "cpu"))
+"""Where the models of most tests are: "cuda" has the same tests run on a GPU."""
 
 
 def tiny_llama(dropout: float = 0.0, seed: int = 0) -> LlamaForCausalLM:
@@ -28,7 +31,7 @@ def tiny_llama(dropout: float = 0.0, seed: int = 0) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config).to(DEVICE)
 
 
 def token_data(examples: int, length: int = 12, seed: int = 1) -> list[dict[str, Tensor]]:
@@ -49,7 +52,7 @@ def config(output_dir: Any, **options: Any) -> NSOConfig:
     """Deterministic training without shuffling, saving or reporting, unless asked for."""
     defaults: dict[str, Any] = {
         "output_dir": str(output_dir),
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "report_to": [],
         "save_strategy": "no",
         "logging_steps": 1,
@@ -118,7 +121,7 @@ def reference_nso(
     sizes = [global_batch] * steps if isinstance(global_batch, int) else global_batch
     for step in range(steps):
         examples = data[sum(sizes[:step]) : sum(sizes[: step + 1])]
-        batch = {key: torch.stack([e[key] for e in examples]) for key in examples[0]}
+        batch = {key: torch.stack([e[key] for e in examples]).to(DEVICE) for key in examples[0]}
         tokens = (batch["labels"][:, 1:] != -100).sum()
         W = [p.detach().clone() for p in parameters]
         U = [draw(model, seed, step, j, sigma, distribution) for j in range(k)]

@@ -8,7 +8,7 @@ from torch import nn
 
 from nso_hf import NSOTrainer
 from nso_hf.step.noise import DISTRIBUTIONS
-from tests.reference import config
+from tests.reference import DEVICE, config
 
 
 class Elementwise(nn.Module):
@@ -16,7 +16,7 @@ class Elementwise(nn.Module):
 
     def __init__(self, f, w):
         super().__init__()
-        self.f, self.w = f, nn.Parameter(w.clone())
+        self.f, self.w = f, nn.Parameter(w.to(DEVICE, copy=True))
 
     def forward(self, x, labels=None):
         return {"loss": self.f(self.w).sum()}
@@ -37,7 +37,7 @@ def trained(tmp_path, model, lr=1.0, **options):
 def test_two_sided_is_plain_training_on_a_quadratic(tmp_path, sigma):
     # f = w^2/2: grad f(w+u) + grad f(w-u) = 2w whatever u; rounding is that of w+u, relative to
     # sigma.
-    w = torch.linspace(-2, 2, 1000)
+    w = torch.linspace(-2, 2, 1000, device=DEVICE)
     model = Elementwise(lambda w: w**2 / 2, w)
     trained(tmp_path, model, lr=0.1, sigma=sigma, max_steps=3)
     torch.testing.assert_close(model.w.data, w * 0.9**3, rtol=0, atol=1e-6 * max(1.0, sigma))
@@ -77,7 +77,7 @@ def test_gradient_of_fourth_powers_shifts_by_12_w_sigma_squared(tmp_path, distri
 def test_logged_trace_estimate_is_the_trace(tmp_path):
     # f = sum a w^2/2 has Hessian diag(a): [f(W+U) + f(W-U) - 2 f(W)]/sigma^2 = sum a u^2/sigma^2,
     # of mean sum a.
-    a = torch.linspace(0, 2, 2000)
+    a = torch.linspace(0, 2, 2000, device=DEVICE)
     model = Elementwise(lambda w: a * w**2 / 2, torch.ones(2000))
     trainer = trained(
         tmp_path, model, lr=0.0, sigma=0.1, log_sharpness=True, distribution="rademacher"

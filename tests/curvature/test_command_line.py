@@ -19,6 +19,7 @@ from transformers import (
 
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
 from nso_hf.curvature.__main__ import main
+from tests.reference import DEVICE
 from tests.tiny_models import byte_tokenizer, save_model
 
 QUICK = ["--num_samples", "4", "--spectrum_steps", "4", "--slice_points", "3", "--num_batches", "2"]
@@ -50,9 +51,12 @@ def test_two_checkpoints_side_by_side(checkpoints, tmp_path, capsys):
     for name in ("traces", "spectrum", "line", "plane"):
         assert Image.open(out / f"{name}.png").size > (300, 200)
     tokenizer = AutoTokenizer.from_pretrained(paths[0])
-    batches = [expected_batch(tokenizer, range(i, i + 8)) for i in (0, 8)]
+    batches = [
+        {name: t.to(DEVICE) for name, t in expected_batch(tokenizer, range(i, i + 8)).items()}
+        for i in (0, 8)
+    ]
     for path, figures in results["checkpoints"].items():
-        model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32)
+        model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).to(DEVICE)
         trace = hessian_trace(model, batches, num_samples=4)
         assert figures["trace"]["estimate"] == pytest.approx(trace.estimate, rel=1e-5)
         top = hessian_eigenvalues(model, batches, k=3)

@@ -19,7 +19,7 @@ from nso_hf.curvature import (
     training_batches,
 )
 from tests.curvature.dense import Classifier, classifier, made
-from tests.reference import config, tiny_llama, token_data
+from tests.reference import DEVICE, config, tiny_llama, token_data
 
 MEASURES = {
     "trace": lambda *a, **o: hessian_trace(*a, num_samples=3, **o),
@@ -40,7 +40,9 @@ def llama():
     model.train()
     model.model.layers[0].eval()  # modes may be mixed
     model.model.embed_tokens.weight.requires_grad_(False)
-    batch = {key: torch.stack([e[key] for e in token_data(4)]) for key in token_data(1)[0]}
+    batch = {
+        key: torch.stack([e[key] for e in token_data(4)]).to(DEVICE) for key in token_data(1)[0]
+    }
     return model, [batch]
 
 
@@ -217,7 +219,7 @@ def test_mixed_precision_of_the_trainer_is_lifted(tmp_path):
         mixed.model.model.layers[0].mlp.up_proj.register_forward_hook(
             lambda module, inputs, output: hidden.append(output.dtype)
         )
-        mixed.model(**batches[0])
+        mixed.model(**{name: value.to(DEVICE) for name, value in batches[0].items()})
     assert hidden == [torch.bfloat16]  # again
 
 

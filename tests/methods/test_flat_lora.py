@@ -12,6 +12,7 @@ from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.step.noise import Noise
 from tests.distributed.back_ends import lora
 from tests.reference import (
+    DEVICE,
     causal_loss_sum,
     config,
     largest_difference,
@@ -42,7 +43,7 @@ def tiny_gpt2():
         )
     )
     adapters = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True)
-    return get_peft_model(model, adapters)
+    return get_peft_model(model, adapters).to(DEVICE)
 
 
 def adapted(model):
@@ -65,7 +66,7 @@ def reference_flat_lora(
     trainable = [p for p in model.parameters() if p.requires_grad]
     for step in range(steps):
         examples = data[step * batch : (step + 1) * batch]
-        stacked = {key: torch.stack([e[key] for e in examples]) for key in examples[0]}
+        stacked = {key: torch.stack([e[key] for e in examples]).to(DEVICE) for key in examples[0]}
         tokens = (stacked["labels"][:, 1:] != -100).sum()
         f_t = (1 - math.cos(math.pi * (step + 1) / steps)) / 2
         layers = list(adapted(model))

@@ -17,7 +17,7 @@ from nso_hf.step.generators import generators_of
 from nso_hf.step.noise import Noise
 from nso_hf.step.selection import parameters_beside
 from nso_hf.step.side_effects import Buffers, copied
-from tests.reference import config, whole_noise
+from tests.reference import DEVICE, config, whole_noise
 
 SIGMA = 0.05
 STILL = {"learning_rate": 0.0, "max_grad_norm": 0.0, "optim": "sgd"}
@@ -275,9 +275,9 @@ def test_weights_that_a_pass_writes_to_are_refused(tmp_path, make, name):
 
 
 def test_weights_over_one_memory_are_one(tmp_path):
-    model = Net()
-    model.layer = nn.Linear(8, 8, bias=False)
-    model.twin = nn.Linear(8, 8, bias=False)
+    model = Net().to(DEVICE)
+    model.layer = nn.Linear(8, 8, bias=False).to(DEVICE)
+    model.twin = nn.Linear(8, 8, bias=False).to(DEVICE)
     model.twin.weight.data = model.layer.weight.data.t()
     model.look = lambda: (model.layer.weight.detach().clone(), model.twin.weight.detach().clone())
     W = model.look()
@@ -290,8 +290,8 @@ def test_weights_over_one_memory_are_one(tmp_path):
 
 
 def test_weights_that_overlap_are_refused(tmp_path):
-    model = Net()
-    memory = torch.randn(10, 8)
+    model = Net().to(DEVICE)
+    memory = torch.randn(10, 8, device=DEVICE)
     model.a, model.b = nn.Parameter(memory[:6]), nn.Parameter(memory[5:])
     with pytest.raises(ValueError, match=r"parameter='b': it shares a part of its memory with a"):
         train(model, tmp_path)
@@ -582,7 +582,7 @@ def test_evaluation_asks_for_no_trainable_weights(tmp_path):
         )
         expected = Trainer(
             model=model,
-            args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]),
+            args=TrainingArguments(str(tmp_path), use_cpu=DEVICE.type == "cpu", report_to=[]),
             eval_dataset=regression(8),
         ).evaluate()
         assert trainer.evaluate()["eval_loss"] == expected["eval_loss"]
@@ -754,7 +754,7 @@ class Classifier(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.scale = nn.Linear(1, 1)
+        self.scale = nn.Linear(1, 1).to(DEVICE)
 
 
 class WithLoss(Trainer):
