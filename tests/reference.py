@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tests.older  # noqa: F401 - before a configuration is made
 from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.backends import Weight
-from nso_hf.step.noise import Noise, block_size
+from nso_hf.step.noise import Noise
 
 VOCABULARY = 50
 DEVICE = torch.device(os.environ.get("NSO_TEST_DEVICE", "cpu"))
@@ -65,11 +65,10 @@ def config(output_dir: Any, **options: Any) -> NSOConfig:
 
 
 def whole_noise(parameter: nn.Parameter, index: int, noise: Noise) -> Tensor:
-    """U of one whole parameter, put together from its blocks, in float32."""
-    weight = Weight("", index, parameter, parameter.data, 0, parameter.shape)
-    blocks = -(-parameter.numel() // block_size(parameter.device))
-    flat = torch.cat([noise.block(weight, block) for block in range(blocks)])
-    return noise.std * flat.view(parameter.shape)
+    """U of one whole parameter, in float32."""
+    U = torch.zeros(parameter.shape, device=parameter.device)
+    noise.add_to([Weight("", index, parameter, U, 0, parameter.shape)])
+    return U
 
 
 def draw(

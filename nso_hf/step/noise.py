@@ -1,9 +1,10 @@
-"""Noise U as a pure function of (seed, step, draw, weight, block): no state to save, the same on
+"""Noise U as a pure function of (seed, step, draw, weight, position): no state to save, the same on
 every replica.
 
-A weight of n elements is cut into blocks of `block_size` elements, counted from the start of the
-whole (unsharded) tensor. Each block has a generator of its own, so that any part of the noise can
-be drawn anywhere, in any order and in parallel, and the global random state is never touched.
+On GPUs it is that of `nso_hf.step.counter`. Elsewhere a weight of n elements is cut into blocks of
+`block_size` elements, counted from the start of the whole (unsharded) tensor. Each block has a
+generator of its own, so that any part of the noise can be drawn anywhere, in any order and in
+parallel, and the global random state is never touched.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from nso_hf.backends import Weight
+from nso_hf.step import counter
 
 
 def _normal(u: Tensor, generator: Generator) -> Tensor:
@@ -87,12 +89,15 @@ class Noise:
         """Add to each local weight its part of U, in place."""
         # `reshape` is a view of a contiguous weight, a copy of a transposed or channels-last one.
         flats = [weight.data.reshape(-1) for weight in weights]
-        blocks = [
-            (flat, weight, block)
-            for flat, weight in zip(flats, weights, strict=True)
-            for block in _blocks_of(weight)
-        ]
-        on_cpu = all(flat.device.type == "cpu" for flat in flats)
+        parts, blocks = [], []
+        for flat, weight in zip(flats, weights, strict=True):
+            if counter.serves(flat.device.type):
+                factors = self.factors(weight) or ()
+                parts.append(counter.Part(flat, weight.start, weight.index, *factors))
+            else:
+                blocks += [(flat, weight, block) for block in _blocks_of(weight)]
+        counter.add(parts, self.seed, self.step, self.draw, self.std, self.distribution)
+        on_cpu = all(flat.device.type == "cpu" for flat, *_ in blocks)
         # Random signs are drawn in less time than threads take to hand over the interpreter.
         in_parallel = on_cpu and self.distribution != "rademacher"
         self._add_in_parallel(blocks, workers=torch.get_num_threads() if in_parallel else 1)
@@ -125,6 +130,11 @@ class Noise:
             end = min(origin + noise.numel(), weight.start + flat.numel())
             part = self.scaled(noise[first - origin : end - origin], weight, first)
             flat[first - weight.start : end - weight.start].add_(part, alpha=self.std)
+
+    def factors(self, weight: Weight) -> tuple[Tensor, int] | None:
+        """What U/std is multiplied by, and how many elements in a row share one of these; after the
+        last it begins again with the first."""
+        return None
 
     def scaled(self, noise: Tensor, weight: Weight, first: int) -> Tensor:
         """A part of U/std, from position `first` of the whole `weight` on, as it is added."""

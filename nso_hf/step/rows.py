@@ -49,12 +49,16 @@ class RowNoise(Noise):
     columns: frozenset[int] = frozenset()
     """Indices of matrices that hold their rows as columns."""
 
-    def scaled(self, noise: Tensor, weight: Weight, first: int) -> Tensor:
+    def factors(self, weight: Weight) -> tuple[Tensor, int]:
         assert self.rows is not None
-        rows, length = self.rows[weight.index], row_length(weight.shape)
+        length = 1 if weight.index in self.columns else row_length(weight.shape)
+        return self.rows[weight.index], length
+
+    def scaled(self, noise: Tensor, weight: Weight, first: int) -> Tensor:
+        rows, length = self.factors(weight)
         end = first + noise.numel()
         if weight.index in self.columns:
-            places = torch.arange(first, end, device=noise.device) % length
+            places = torch.arange(first, end, device=noise.device) % len(rows)
             return noise * rows.to(noise.dtype)[places]
         above, below = first // length, (end - 1) // length + 1
         factors = rows[above:below].to(noise.dtype)
