@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK = 4096  # elements per program of the kernel
+_CHUNK = 2048  # elements per program of the kernel
 
 
 class Part(NamedTuple):

@@ -297,7 +297,7 @@ def test_weights_that_overlap_are_refused(tmp_path):
         train(model, tmp_path)
     model.a, model.b = nn.Parameter(memory[:, :4]), nn.Parameter(memory[:, 4:])
     train(model, tmp_path)  # side by side in it
-    model.a = nn.Parameter(torch.randn(1).expand(4))
+    model.a = nn.Parameter(torch.randn(1, device=DEVICE).expand(4))
     with pytest.raises(ValueError, match=r"parameter='a': several of its elements are one place"):
         train(model, tmp_path)
 
