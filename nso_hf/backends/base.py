@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from nso_hf.refusal import Refusal, refusal
+from nso_hf.backends.errors import adds_gradients, without_moments
 
 HOOKS = {
     "deepspeed",
@@ -265,27 +265,6 @@ class Backend(ABC):
         """An optimizer that steps by itself in the last backward pass waits for the end of this
         context, when the weights are back in their place."""
         return nullcontext()
-
-
-def adds_gradients(method: str, how: str) -> Refusal:
-    """The error for a method that takes gradients into its own hands where it cannot."""
-    rule = f"{how}, and this method needs that of each pass"
-    cure = "Use DistributedDataParallel without a static graph, FSDP2, or method='nso'"
-    return refusal("method", method, rule, cure)
-
-
-def without_moments(optimizer: Any) -> Refusal:
-    """The error for an optimizer whose moving average of the gradient is asked for."""
-    rule = "it keeps no moving average of the gradient"
-    cure = "Use adamw_torch, or sgd with optim_args='momentum=0.9'"
-    return refusal("optim", type(optimizer).__name__, rule, cure)
-
-
-def not_prepared(model: nn.Module, how: str) -> Refusal:
-    """The error for a model that Accelerate has not wrapped for training, or no longer holds."""
-    rule = f"it is not {how}, as after evaluate(), and each process would train a model of its own"
-    cure = "Make a new trainer, and evaluate after train() or in a callback's on_train_begin"
-    return refusal("model", type(model).__name__, rule, cure)
 
 
 _MOMENTS = ("momentum_buffer", "exp_avg")

@@ -13,7 +13,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from nso_hf.backends.base import Backend, Weight, not_prepared
+from nso_hf.backends.base import Backend, Weight
+from nso_hf.backends.errors import not_prepared
 
 ZERO_3 = 3
 

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nso_hf.backends.base import Backend, Weight, not_prepared
+from nso_hf.backends.base import Backend, Weight
+from nso_hf.backends.errors import not_prepared
 from nso_hf.backends.versions import forget_iteration, parameter_groups
 from nso_hf.refusal import refusal
 

@@ -10,7 +10,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nso_hf.backends.base import Backend, Weight, adds_gradients, not_prepared
+from nso_hf.backends.base import Backend, Weight
+from nso_hf.backends.errors import adds_gradients, not_prepared
 
 
 class Replicated(Backend):

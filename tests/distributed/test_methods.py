@@ -3,6 +3,7 @@
 from functools import cache
 
 import pytest
+import torch
 
 from tests.distributed.back_ends import BACK_ENDS, assert_is, lora
 from tests.distributed.launch import launch, launched
@@ -18,6 +19,7 @@ from tests.methods.equations import (
     reference_method,
 )
 from tests.methods.test_flat_lora import RHO, reference_flat_lora
+from tests.older import IS_VERSION_4
 from tests.reference import largest_difference, tiny_llama, token_data
 
 pytestmark = pytest.mark.distributed
@@ -125,6 +127,41 @@ def test_a_method_is_its_equation(results, back_end, name, accumulation):
         ]
         assert max(differences) <= TOLERANCE[name]
         assert result["losses"] == pytest.approx(losses, abs=2e-4)
+
+
+REMEMBERING = {
+    "ddp": ["async_sam", "bsam", "fsam"],
+    # PyTorch does not load the state of SGD without momentum there, which bSAM asks for.
+    "fsdp2": ["async_sam", "fsam"],
+}
+
+
+@pytest.mark.skipif(IS_VERSION_4, reason="plain training does not go on as it was either")
+@pytest.mark.parametrize("back_end", REMEMBERING)
+def test_what_is_remembered_is_resumed_bit_for_bit(back_end, tmp_path):
+    given = {}
+    for name in REMEMBERING[back_end]:
+        whole = {
+            **case(back_end, name, 2),
+            "optim_args": f"momentum={0.0 if name == 'bsam' else 0.9}",
+            "output_dir": str(tmp_path / name),
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        }
+        given[name] = whole
+        given[f"{name}, resumed"] = {**whole, "resume": str(tmp_path / name / "checkpoint-2")}
+    for rank in launch(given, tmp_path):
+        for name in REMEMBERING[back_end]:
+            whole, resumed = rank[name], rank[f"{name}, resumed"]
+            assert_is(back_end, resumed, processes=2)
+            assert resumed["losses"] == whole["losses"]  # the first two from the checkpoint
+            for a, b in zip(whole["weights"], resumed["weights"], strict=True):
+                assert torch.equal(a, b)
+    parts = 2 if back_end.startswith("fsdp2") else 1  # of DDP every process has the same
+    for name in REMEMBERING[back_end]:
+        files = sorted((tmp_path / name / "checkpoint-2").glob("method_*.pt"))
+        assert len(files) == parts
 
 
 @pytest.mark.slow
