@@ -23,6 +23,7 @@ ENGINE = ["refusal", "backends", "step", "methods", "arguments", "trainer"]
 BESIDE = {
     "running": {"refusal", "backends", "arguments"},
     "curvature": {"refusal", "backends", "step", "running"},
+    "robustness": {"refusal"},
     "tasks": {*ENGINE, "running", "curvature"},
 }
 """And what stands beside the engine imports only these."""
