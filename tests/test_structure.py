@@ -23,7 +23,8 @@ ENGINE = ["refusal", "backends", "step", "methods", "arguments", "trainer"]
 BESIDE = {
     "running": {"refusal", "backends", "arguments"},
     "curvature": {"refusal", "backends", "step", "running"},
-    "tasks": {*ENGINE, "running", "curvature"},
+    "deep_lora": {"refusal"},
+    "tasks": {*ENGINE, "running", "curvature", "deep_lora"},
 }
 """And what stands beside the engine imports only these."""
 
