@@ -95,15 +95,16 @@ def _checked_layers(model: Any) -> tuple[str, dict[str, Any]]:
         raise refusal("peft_type", kind, rule, "Use get_peft_model with a LoraConfig")
     for name, layer in layers.items():
         B = dict(layer.lora_B).get(adapter)
-        if type(B) is not nn.Linear or isinstance(layer, ParamWrapper):
+        if isinstance(layer, ParamWrapper):
+            rule = f"{name} adapts a single weight, and only linear layers can be made deep"
+            raise refusal("target_parameters", layer.parameter_name, rule, "Use target_modules")
+        if type(B) is not nn.Linear:
             kind = type(layer.get_base_layer()).__name__
             rule = f"only adapters of linear layers can be made deep, and {name} is {kind}"
             raise refusal("target_modules", name.rpartition(".")[2], rule, "Leave it out")
         if B.bias is not None or layer.lora_variant.get(adapter) is not None:
             rule = "LoRA with biases, and variants such as DoRA, cannot be made deep"
-            raise refusal(
-                "peft_config", adapter, rule, "Leave out lora_bias, use_dora and the like"
-            )
+            raise refusal("peft_config", adapter, rule, "Leave out lora_bias, use_dora and so on")
         if (scale := layer.scaling[adapter]) != 1:
             rule = f"Deep LoRA has no scale of its own, and {name} would be scaled by {scale:.3g}"
             cure = f"Set lora_alpha to the rank, {layer.r[adapter]}, without use_rslora"

@@ -3,9 +3,11 @@ factors in a file beside it, to be trained on."""
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -107,13 +109,12 @@ def multiplied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with products in the place of their factors."""
     result = dict(state)
     for name in state:
-        module, is_held, _ = name.partition(f"{_HELD}original")
-        if is_held:
-            product = result.pop(name)
-            numbers = range(sum(key.startswith(f"{module}{_HELD}") for key in result))
-            for number in numbers:
-                product = product @ result.pop(f"{module}{_HELD}{number}.core")
-            result[f"{module}.weight"] = product.detach()
+        module, is_held, rest = name.partition(f"{_HELD}original")
+        if is_held and not rest and ".lora_B." in module:
+            factors = [result.pop(name)]
+            while (core := f"{module}{_HELD}{len(factors) - 1}.core") in result:
+                factors.append(result.pop(core))
+            result[f"{module}.weight"] = reduce(torch.matmul, factors).detach()
     return result
 
 

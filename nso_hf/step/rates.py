@@ -47,8 +47,6 @@ def check_can_be_slow(optimizer: Any, model: Any) -> None:
             makes, with one learning rate.
     """
     if not isinstance(optimizer, Optimizer) and shares(model):
-        rule = (
-            "it is made by the back end with one learning rate, and some weights are to have less"
-        )
+        rule = "the back end makes it with one learning rate, and some weights are to have less"
         cure = "Leave it out of that configuration: the Trainer makes the one that optim names"
         raise refusal("optimizer", type(optimizer).__name__, rule, cure)
