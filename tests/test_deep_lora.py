@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nso_hf import NSOTrainer
 from nso_hf.deep_lora import deepen, load_deep_lora
+from nso_hf.deep_lora.saving import multiplied
 from nso_hf.step.rates import slow_down
 from tests.deep_loras import FORMS, SCALE, R, deep, explicit, factors, first_batch, layers, lora
 from tests.methods.equations import OPTIONS, reference_method
@@ -381,3 +382,12 @@ def test_the_gradient_of_a_layer_that_is_called_twice_is_its_sum():
     fall = (layer.get_delta_weight("default") * G).sum().item() / 1e-9
     assert fall == pytest.approx(-torch.linalg.svdvals(G)[:2].sum().item(), rel=1e-4)
     assert math.isfinite(causal_loss_sum(deep("plain"), first_batch()).item())
+
+
+def test_parametrised_weights_of_others_are_saved_as_they_are():
+    """Such as weight normalisation, of PyTorch's own."""
+    state = {
+        "conv.parametrizations.weight.original0": torch.ones(2),
+        "conv.parametrizations.weight.original": torch.ones(2),
+    }
+    assert multiplied(state) == state
