@@ -24,6 +24,7 @@ from nso_hf.step.direction import Direction
 from nso_hf.step.edits import edits_refused
 from nso_hf.step.generation import check_generates_nothing, generation_refused
 from nso_hf.step.perturbation import Perturbation, borrowed
+from nso_hf.step.rates import check_can_be_slow, slow_down
 from nso_hf.step.selection import (
     check_patterns,
     nothing_to_perturb,
@@ -157,7 +158,12 @@ class NSOTrainerMixin(_Base):
         return result
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        is_given = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if is_given:
+            check_can_be_slow(self._nso_innermost_optimizer(), self.model)
+        else:
+            slow_down(self._nso_innermost_optimizer(), self.model)
         self.nso_args.chosen_method().check_optimizer(self._nso_innermost_optimizer())
         return optimizer
 

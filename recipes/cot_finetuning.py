@@ -98,7 +98,8 @@ def prepared(
     weights = fingerprint((n, p.flatten()[:8].tolist()) for n, p in model.named_parameters())
     recorded.check("model_name_or_path", name, "weights", weights)
     if model_options.lora_r is not None:
-        model = with_lora(model, model_options, is_encoder_decoder)
+        collate = DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=-100)
+        model = with_lora(model, model_options, is_encoder_decoder, dict(collate(rows[:8])))
     asked = [*splits.validation, *splits.test]
     prompts = [prompt_format.prompt_ids(example.question) for example in asked]
     longest_row = max(

@@ -263,6 +263,58 @@ def two_gpus(folder: Path) -> object:
     return NSOTrainer(model=tiny_llama(), args=args, train_dataset=token_data(4))
 
 
+def deep(**options) -> Callable[[Path], object]:
+    """Deep LoRA of a tiny Llama with other settings of peft's and of its own."""
+
+    def make(folder: Path) -> object:
+        from nso_hf.deep_lora import deepen
+        from tests.deep_loras import first_batch, lora
+
+        own = {name: options[name] for name in ("scale", "gamma") if name in options}
+        batch = first_batch() if options.get("compressed") else None
+        peft = {k: v for k, v in options.items() if k not in {*own, "compressed", "trained"}}
+        model = lora(**peft)
+        if options.get("trained"):
+            for name, parameter in model.named_parameters():
+                parameter.data += "lora_B" in name
+        return deepen(model, first_batch=batch, **own)
+
+    return make
+
+
+def deep_without_adapters(folder: Path) -> object:
+    from nso_hf.deep_lora import deepen
+
+    return deepen(tiny_llama())
+
+
+def deep_of_another_kind(folder: Path) -> object:
+    from peft import IA3Config, get_peft_model
+
+    from nso_hf.deep_lora import deepen
+
+    adapters = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    return deepen(get_peft_model(tiny_llama(), adapters))
+
+
+def factors_of_none(folder: Path) -> object:
+    from nso_hf.deep_lora import load_deep_lora
+    from tests.deep_loras import lora
+
+    lora().save_pretrained(folder)
+    return load_deep_lora(tiny_llama(), folder)
+
+
+def rate_of_its_own(folder: Path) -> object:
+    from transformers.optimization import Adafactor
+
+    from nso_hf.step.rates import slow_down
+    from tests.deep_loras import deep
+
+    model = deep("compressed")
+    return slow_down(Adafactor(model.parameters()), model)
+
+
 def mixin_last(folder: Path) -> object:
     return type("Wrong", (Trainer, NSOTrainerMixin), {})
 
@@ -337,6 +389,22 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     "DeepSpeed's sequence parallelism": run_of(DistributedType.DEEPSPEED, sequence_parallel_size=2),
     "trainer that generates": trainer(trainer_class=Grouped),
     "mixin behind the trainer": mixin_last,
+    "Deep LoRA without adapters": deep_without_adapters,
+    "Deep LoRA of another kind of adapter": deep_of_another_kind,
+    "Deep LoRA with a scale of LoRA": deep(lora_alpha=8),
+    "Deep LoRA with rank-stabilised scale": deep(use_rslora=True),
+    "Deep LoRA of an embedding": deep(target_modules=["embed_tokens"]),
+    "Deep LoRA of a weight that is no layer's": deep(
+        target_modules=[], target_parameters=["q_proj.weight"]
+    ),
+    "Deep LoRA as DoRA": deep(use_dora=True),
+    "Deep LoRA with biases": deep(lora_bias=True),
+    "Deep LoRA of a trained adapter": deep(trained=True),
+    "Deep LoRA of a rank above the matrix's": deep(r=24, compressed=True),
+    "Deep LoRA, gamma in the plain form": deep(gamma=0.1),
+    "Deep LoRA of scale 0": deep(scale=0.0),
+    "Deep LoRA's factors where there are none": factors_of_none,
+    "Deep LoRA with an optimizer's own learning rate": rate_of_its_own,
     "seq2seq trainer with plain arguments": plain_arguments_for_seq2seq,
 }
 
@@ -484,6 +552,13 @@ RECIPE: dict[str, Callable[[Path], object]] = {
     "no such data set": recipe("--dataset", "nobody/nothing"),
     "more tokens than the model has positions": recipe("--max_new_tokens", "250"),
     "LoRA options without LoRA": recipe("--lora_alpha", "16"),
+    "Deep LoRA of an unknown form": recipe(
+        "--config", "{folder}/c.yaml", write={"c.yaml": "lora_r: 4\ndeep_lora: deeper"}
+    ),
+    "Deep LoRA without LoRA": recipe("--deep_lora", "plain"),
+    "Deep LoRA with a scale, by flag": recipe(
+        "--lora_r", "4", "--deep_lora", "plain", "--lora_alpha", "8"
+    ),
     "LoRA target that the model lacks": recipe("--lora_r", "4", "--lora_target_modules", "q_proj"),
     "chat format without a template": recipe("--template", "chat"),
     "every text too long": recipe("--max_length", "3"),

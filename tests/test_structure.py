@@ -25,6 +25,8 @@ BESIDE = {
     "curvature": {"refusal", "backends", "step", "running"},
     "robustness": {"refusal"},
     "tasks": {*ENGINE, "running", "curvature"},
+    "deep_lora": {"refusal"},
+    "tasks": {*ENGINE, "running", "curvature", "deep_lora"},
 }
 """And what stands beside the engine imports only these."""
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ class AdaptedLayer:
     """A linear layer with its active adapters.
 
     `base` is W0, of shape (outputs, inputs), or (inputs, outputs) where it is `transposed`; of each
-    adapter there are A (r, inputs), B (outputs, r) and its scale s.
+    adapter there are A (r, inputs), the factors of B (outputs, r), in ordinary LoRA one, and its
+    scale s.
     """
 
     base: Weight
-    adapters: Sequence[tuple[Weight, Weight, float]]
+    adapters: Sequence[tuple[Weight, Sequence[Weight], float]]
     transposed: bool
 
     @property
@@ -42,8 +44,9 @@ class AdaptedLayer:
         held = torch.zeros_like(merged, dtype=torch.bool)
         held[before : before + flat.numel()] = True
         merged = merged.view(rows, width)
-        for A, B, scale in self.adapters:
-            left, right = backend.whole(B).float(), backend.whole(A).float()
+        for A, factors, scale in self.adapters:
+            B = [backend.whole(factor).float() for factor in factors]
+            left, right = reduce(torch.matmul, B), backend.whole(A).float()
             if self.transposed:
                 left, right = right.T, left.T
             merged.addmm_(left[first : first + rows], right, alpha=scale)
@@ -84,7 +87,7 @@ def adapted_layers(model: nn.Module, weights: Sequence[Weight]) -> list[AdaptedL
         adapters = [
             (
                 by_parameter[id(module.lora_A[each].weight)],
-                by_parameter[id(module.lora_B[each].weight)],
+                [by_parameter[id(p)] for p in module.lora_B[each].parameters() if p.ndim == 2],
                 float(module.scaling[each]),
             )
             for each in active

@@ -27,6 +27,7 @@ from nso_hf.curvature import (
     training_batches,
 )
 from nso_hf.step.noise import Noise
+from tests.deep_loras import deep
 from tests.distributed.back_ends import (
     BACK_ENDS,
     allow_fsdp_on_cpu,
@@ -79,7 +80,7 @@ def make_trainer(case, directory, **kwargs):
         }
     own = {
         name: case.pop(name, None)
-        for name in ("lora", "plain", "dropout", "loaded", "parallel", "counts")
+        for name in ("lora", "deep", "plain", "dropout", "loaded", "parallel", "counts")
     }
     defaults = {
         "lr_scheduler_type": "constant",
@@ -98,9 +99,10 @@ def make_trainer(case, directory, **kwargs):
         model = tiny_llama(dropout=own["dropout"] or 0.0)
     projection = model.model.layers[0].mlp.down_proj
     model = lora(model) if own["lora"] else model
+    model = deep(own["deep"], model) if own["deep"] else model
     if IS_VERSION_4:  # what users had to write, where activations are checkpointed
         model.config.use_cache = False
-        if own["lora"]:
+        if own["lora"] or own["deep"]:
             model.enable_input_require_grads()
     trainer = (PlainTrainer if own["plain"] else CountingTrainer)(
         model=model,

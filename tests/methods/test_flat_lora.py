@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nso_hf import NSOConfig, NSOTrainer
 from nso_hf.step.noise import Noise
+from tests.deep_loras import FORMS, deep
 from tests.distributed.back_ends import lora
 from tests.reference import (
     DEVICE,
@@ -61,7 +62,7 @@ def adapted(model):
 
 
 def reference_flat_lora(
-    model, data, *, steps, batch, lr, two_sided=False, transposed=False, rho=RHO
+    model, data, *, steps, batch, lr, two_sided=False, transposed=False, rho=RHO, scale=2
 ):
     trainable = [p for p in model.parameters() if p.requires_grad]
     for step in range(steps):
@@ -72,7 +73,7 @@ def reference_flat_lora(
         layers = list(adapted(model))
         noise = []
         for W0, index, A, B in layers:
-            delta = 2 * (B @ A).detach()  # alpha/r = 2
+            delta = scale * (B @ A).detach()
             merged = (W0.T if transposed else W0) + delta
             std = f_t * rho / math.sqrt(merged.shape[1]) * merged.norm(dim=1)
             z = whole_noise(W0, index, Noise(42, step, 0, 1.0))
@@ -123,6 +124,27 @@ def test_flat_lora_is_its_equation(tmp_path, make, accumulation, two_sided):
         assert p.requires_grad or torch.equal(p, w)  # the base, bit for bit
     reference_flat_lora(plain, data, two_sided=two_sided, rho=0.0, **options)
     assert largest_difference(plain, expected) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_adapters_may_be_deep(tmp_path, form):
+    """Then B is a product."""
+    data, expected, model, plain = token_data(24), deep(form), deep(form), deep(form)
+    options = {"steps": 3, "batch": 8, "lr": 0.3, "scale": 1}
+    reference_flat_lora(expected, data, **options)
+    reference_flat_lora(plain, data, rho=0.0, **options)
+    assert largest_difference(plain, expected) > 100 * TOLERANCE
+    args = config(
+        tmp_path,
+        method="flat_lora",
+        method_kwargs={"rho": RHO},
+        per_device_train_batch_size=8,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+    )
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    NSOTrainer(model=model, args=args, train_dataset=data, optimizers=(optimizer, None)).train()
+    assert largest_difference(model, expected) <= TOLERANCE
 
 
 def test_without_adapters_it_is_refused(tmp_path):

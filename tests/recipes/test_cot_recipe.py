@@ -55,6 +55,8 @@ def flags(model, output, **options):
         ("gpt2", {}),
         ("gpt2", {"lora_r": 4, "lora_target_modules": "c_attn", "lora_dropout": 0.1}),
         ("llama", {"lora_r": 4, "gradient_checkpointing": "true"}),
+        ("gpt2", {"lora_r": 4, "deep_lora": "plain", "lora_dropout": 0.1}),
+        ("t5", {"lora_r": 4, "deep_lora": "compressed"}),
         ("t5", {"num_perturbations": 2}),
         (
             "llama",
@@ -121,9 +123,11 @@ def test_curvature_is_in_the_table_and_leaves_training_alone(tmp_path, capsys):
     assert json.loads((tmp_path / "plain" / "results.json").read_text())["curvature"] is None
 
 
-def test_resume_is_the_uninterrupted_run(tmp_path, interrupt_at):
+@pytest.mark.parametrize("deep_lora", ["none", "compressed"])
+def test_resume_is_the_uninterrupted_run(tmp_path, interrupt_at, deep_lora):
     model = save_model("gpt2", tmp_path / "model")
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "lora_r": 4, "seed": 5}
+    saving["deep_lora"] = deep_lora
     main(flags(model, tmp_path / "whole", **saving))
     # A run that ends at 3 of 6 steps: interrupted just after the checkpoint.
     with (

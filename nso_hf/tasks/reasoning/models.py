@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from nso_hf.refusal import refusal
+from nso_hf.deep_lora import deepen
+from nso_hf.refusal import check_choice, refusal
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +27,9 @@ _PEFT_WARNINGS = (
     # Of a base that is a GGUF file, whose vocabulary is indeed as it was.
     "Could not find a config file in .* - will assume that the vocabulary was not modified",
 )
+
+
+DEEP_LORA = ["none", "plain", "compressed"]
 
 
 @dataclass
@@ -54,7 +58,8 @@ class ModelOptions:
         metadata={"help": "Rank of LoRA adapters. Without it all weights are trained."},
     )
     lora_alpha: float | None = field(
-        default=None, metadata={"help": "Scale of the adapters. Default: 2 x lora_r."}
+        default=None,
+        metadata={"help": "Scale of the adapters. Default: 2 x lora_r; Deep LoRA has none."},
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     lora_target_modules: list[str] | None = field(
@@ -65,7 +70,17 @@ class ModelOptions:
         },
     )
 
+    deep_lora: str = field(
+        default="none",
+        metadata={
+            "help": "Deep LoRA, for few training texts: adapters of three factors (plain), or of "
+            "five that begin from the gradient on the first 8 texts (compressed).",
+            "choices": DEEP_LORA,
+        },
+    )
+
     def __post_init__(self) -> None:
+        check_choice("deep_lora", self.deep_lora, DEEP_LORA)
         if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise refusal("dtype", self.dtype, "unknown", "Use float32, bfloat16, float16 or auto")
         if self.lora_r is None:
@@ -73,6 +88,7 @@ class ModelOptions:
                 ("lora_alpha", self.lora_alpha),
                 ("lora_target_modules", self.lora_target_modules),
                 ("lora_dropout", self.lora_dropout),
+                ("deep_lora", self.deep_lora if self.deep_lora != "none" else None),
             ]:
                 if value:
                     raise refusal(option, value, "has no effect without LoRA", "Set --lora_r too")
@@ -83,6 +99,10 @@ class ModelOptions:
                 "must be an integer, at least 1",
                 "Leave it out to train all weights",
             )
+        elif self.deep_lora != "none" and self.lora_alpha not in (None, self.lora_r):
+            rule = "Deep LoRA has no scale, and this would be one"
+            cure = f"Leave it out, or set it to lora_r, {self.lora_r}"
+            raise refusal("lora_alpha", self.lora_alpha, rule, cure)
         if isinstance(self.lora_target_modules, str):
             rule, cure = "must be a list of names", "Write it as [q_proj, v_proj]"
             raise refusal("lora_target_modules", self.lora_target_modules, rule, cure)
@@ -144,8 +164,14 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise refusal("model_name_or_path", name, rule, cure)
 
 
-def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder: bool) -> Any:
-    """The model with trainable adapters on a frozen base."""
+def with_lora(
+    model: PreTrainedModel,
+    options: ModelOptions,
+    is_encoder_decoder: bool,
+    first_batch: dict[str, Any] | None = None,
+) -> Any:
+    """The model with trainable adapters on a frozen base. Those of compressed Deep LoRA begin from
+    the gradient on the first batch."""
     assert options.lora_r is not None
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -161,7 +187,7 @@ def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder:
             )
     adapters = LoraConfig(
         r=options.lora_r,
-        lora_alpha=options.lora_alpha or 2 * options.lora_r,
+        lora_alpha=options.lora_alpha or options.lora_r * (2 if options.deep_lora == "none" else 1),
         lora_dropout=options.lora_dropout,
         target_modules=options.lora_target_modules or "all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
@@ -185,7 +211,9 @@ def with_lora(model: PreTrainedModel, options: ModelOptions, is_encoder_decoder:
             f"{len(left_out)} weights that hold all experts of a layer in one stay frozen, "
             f"without adapters: {left_out[0]}, ..."
         )
-    return adapted
+    if options.deep_lora == "none":
+        return adapted
+    return deepen(adapted, first_batch=first_batch if options.deep_lora == "compressed" else None)
 
 
 def _experts_of(name: str) -> str:
