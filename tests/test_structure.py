@@ -24,7 +24,6 @@ BESIDE = {
     "running": {"refusal", "backends", "arguments"},
     "curvature": {"refusal", "backends", "step", "running"},
     "robustness": {"refusal"},
-    "tasks": {*ENGINE, "running", "curvature"},
     "deep_lora": {"refusal"},
     "tasks": {*ENGINE, "running", "curvature", "deep_lora"},
 }
