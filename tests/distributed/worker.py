@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 from benchmarks.collectives import CountCollectives
 from nso_hf import NSOTrainer
 from nso_hf.backends import select
+from nso_hf.companions import DistancePenalty, DistanceProjection, EMACallback, SWACallback
 from nso_hf.curvature import (
     CurvatureCallback,
     hessian_eigenvalues,
@@ -366,6 +367,55 @@ def watch(case, directory):
     return {**results, **facts(trainer)}
 
 
+COMPANIONS = {
+    "ema": EMACallback,
+    "swa": SWACallback,
+    "penalty": DistancePenalty,
+    "projection": DistanceProjection,
+}
+
+
+def companions(case, directory):
+    """Weights and averages after a training with companions, or what refuses them."""
+    resume, kinds = case.pop("resume", None), case.pop("companions")
+    callbacks = [COMPANIONS[kind](**options) for kind, options in kinds.items()]
+    try:
+        trainer = make_trainer(case, directory, callbacks=callbacks)
+    except ValueError as error:
+        return {"refused": str(error)}
+    trainer.train(resume_from_checkpoint=resume)
+    wrapped, history = trainer.model_wrapped, trainer.state.log_history
+    model = trainer.accelerator.unwrap_model(wrapped)
+    snapshot = Snapshot()
+    snapshot.trainer = trainer
+    before, averages, losses, saved = snapshot.now(), {}, {}, {}
+    for callback in callbacks:
+        if hasattr(callback, "averaged"):
+            with callback.averaged():
+                averages[callback.name] = [_whole(p) for p in model.parameters()]
+                losses[callback.name] = trainer.evaluate()["eval_loss"]
+                trainer.save_model(f"{directory}/{callback.name}")
+            if trainer.is_world_process_zero():
+                file = load_file(f"{directory}/{callback.name}/model.safetensors")
+                names = [name for name, _ in tiny_llama().named_parameters()]
+                saved[callback.name] = [file[name] for name in names]
+    after = snapshot.now()
+    return {
+        "weights": masters(model, getattr(wrapped, "optimizer", None)),
+        "averages": averages,
+        "losses": losses,
+        "saved": saved,
+        "logged": [e["eval_ema_loss"] for e in history if "eval_ema_loss" in e],
+        "differ": [n for n, w in before.items() if not torch.equal(w, after[n])],
+        **facts(trainer),
+    }
+
+
+def _whole(parameter):
+    with gathered(parameter) as data:
+        return data.clone()
+
+
 def clip(case, directory):
     """A model of open_clip trained on the global batch, then evaluated and measured."""
     from nso_hf.tasks.clip.pairs import Fields
@@ -424,6 +474,7 @@ EXPERIMENTS = {
     "train": train,
     "refused": refused,
     "clip": clip,
+    "companions": companions,
     "restore": restore,
     "noise": noise,
     "retrain": retrain,
