@@ -165,8 +165,8 @@ class AveragingCallback(Companion):
 
     def _parts(self, weights: Sequence[Weight]) -> list[Tensor]:
         if self.count == 0:
-            rule = "nothing has been averaged yet"
-            raise refusal("count", 0, rule, "Train beyond its start, or set an earlier one")
+            cure = "Train beyond its start, or set an earlier one"
+            raise refusal("average", self.name, "nothing has been averaged yet", cure)
         return self._average.get("average", weights, wide=True).parts
 
     def _evaluate_if_due(self, control: TrainerControl) -> None:

@@ -82,7 +82,7 @@ class MixupMixin(_Base):
         super().__init_subclass__(**kwargs)
         order = [base for base in cls.__mro__ if base in (NSOTrainerMixin, MixupMixin, Trainer)]
         if order not in ([NSOTrainerMixin, MixupMixin, Trainer], [MixupMixin, Trainer]):
-            rule = "elsewhere mixtures are drawn in every evaluation of a step, or never"
+            rule = "mixtures would be drawn in every evaluation of a step, or never"
             cure = "Write class MyTrainer(NSOTrainerMixin, MixupMixin, SomeTrainer)"
             raise refusal("bases", [base.__name__ for base in cls.__bases__], rule, cure)
 

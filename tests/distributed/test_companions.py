@@ -62,6 +62,7 @@ def cases(back_end, folder):
     if RESUMES or back_end not in HAVING:
         resume = {"resume": f"{folder}/run/checkpoint-2"}
         averages["resumed"] = {**averages["averages"], **resume}
+    averages["normalised"] = {**base, "normalised": True, "companions": AVERAGES}
     return averages | distances
 
 
@@ -102,6 +103,23 @@ def test_averages_are_those_of_one_process(results, back_end, tmp_path):
         assert whole["logged"] == pytest.approx(logged, rel=0.02)
         assert abs(whole["losses"]["ema"] - whole["losses"]["swa"]) > 1e-4
     assert [bool(rank["averages"]["saved"]) for rank in results(back_end)] == [True, False]
+
+
+@pytest.mark.parametrize("back_end", every(BACK_ENDS))
+def test_batch_norm_statistics_are_of_the_data_of_all_processes(results, back_end):
+    data = token_data(48)
+    batches = [torch.stack([row["input_ids"] for row in data[i : i + 4]]) for i in range(0, 48, 4)]
+    for rank in results(back_end):
+        found = rank["normalised"]
+        assert found["differ"] == []
+        for name, average in found["averages"].items():
+            embedded = [average[0][ids].flatten(0, 1) for ids in batches]
+            mean = torch.stack([x.mean(0) for x in embedded]).mean(0)
+            var = torch.stack([x.var(0) for x in embedded]).mean(0)
+            statistics = found["statistics"][name]
+            # float32, embeddings of a few hundredths.
+            assert (statistics["norm_of_embeddings.running_mean"] - mean).abs().max() <= 1e-6
+            assert (statistics["norm_of_embeddings.running_var"] - var).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("back_end", every(HAVING))

@@ -37,7 +37,7 @@ from tests.distributed.back_ends import (
     masters,
 )
 from tests.older import IS_VERSION_4
-from tests.reference import config, tiny_llama, token_data
+from tests.reference import config, normalised_llama, tiny_llama, token_data
 
 
 class Counting:
@@ -80,7 +80,7 @@ def make_trainer(case, directory, **kwargs):
         }
     own = {
         name: case.pop(name, None)
-        for name in ("lora", "plain", "dropout", "loaded", "parallel", "counts")
+        for name in ("lora", "plain", "dropout", "loaded", "parallel", "counts", "normalised")
     }
     defaults = {
         "lr_scheduler_type": "constant",
@@ -99,6 +99,7 @@ def make_trainer(case, directory, **kwargs):
         model = tiny_llama(dropout=own["dropout"] or 0.0)
     projection = model.model.layers[0].mlp.down_proj
     model = lora(model) if own["lora"] else model
+    model = normalised_llama(model) if own["normalised"] else model
     if IS_VERSION_4:  # what users had to write, where activations are checkpointed
         model.config.use_cache = False
         if own["lora"]:
@@ -389,21 +390,24 @@ def companions(case, directory):
     snapshot = Snapshot()
     snapshot.trainer = trainer
     before, averages, losses, saved = snapshot.now(), {}, {}, {}
+    buffers, statistics = dict(model.named_buffers()), {}
     for callback in callbacks:
         if hasattr(callback, "averaged"):
             with callback.averaged():
                 averages[callback.name] = [_whole(p) for p in model.parameters()]
+                statistics[callback.name] = {name: b.clone() for name, b in buffers.items()}
                 losses[callback.name] = trainer.evaluate()["eval_loss"]
                 trainer.save_model(f"{directory}/{callback.name}")
             if trainer.is_world_process_zero():
                 file = load_file(f"{directory}/{callback.name}/model.safetensors")
-                names = [name for name, _ in tiny_llama().named_parameters()]
+                names = [name for name, _ in model.named_parameters()]
                 saved[callback.name] = [file[name] for name in names]
     after = snapshot.now()
     return {
         "weights": masters(model, getattr(wrapped, "optimizer", None)),
         "averages": averages,
         "losses": losses,
+        "statistics": statistics,
         "saved": saved,
         "logged": [e["eval_ema_loss"] for e in history if "eval_ema_loss" in e],
         "differ": [n for n, w in before.items() if not torch.equal(w, after[n])],
