@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from nso_hf import NSOConfig, NSOTrainer
+from nso_hf.companions import with_label_noise
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace, pac_bayes_bound
 
 CLASSES, NOISE, TRAIN, BATCH = 10, 0.2, 1000, 50
@@ -64,12 +65,6 @@ class Perceptron(nn.Module):
         return {"loss": losses.clamp(max=self.clip).mean(), "logits": logits}
 
 
-def noisy(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    wrong = torch.rand(len(labels), generator=generator) < NOISE
-    others = torch.randint(1, CLASSES, (len(labels),), generator=generator)
-    return torch.where(wrong, (labels + others) % CLASSES, labels)
-
-
 def run(way: str, seed: int, epochs: int) -> dict[str, float]:
     """One training and its measures."""
     options = dict(WAYS[way])
@@ -78,7 +73,7 @@ def run(way: str, seed: int, epochs: int) -> dict[str, float]:
     order = torch.randperm(len(digits.target), generator=generator)
     pixels = torch.tensor(digits.data, dtype=torch.float32)[order] / 16
     labels = torch.tensor(digits.target)[order]
-    wrong = noisy(labels, generator)
+    wrong = with_label_noise(labels, rate=NOISE, num_labels=CLASSES, seed=generator).labels
     torch.manual_seed(seed)
     model = Perceptron()
     start = copy.deepcopy(model)

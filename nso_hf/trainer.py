@@ -20,6 +20,7 @@ from nso_hf.arguments import NSOArguments
 from nso_hf.backends import Backend, Weight, check, select
 from nso_hf.methods import Point, Step
 from nso_hf.refusal import refusal
+from nso_hf.step.companion import Companion, companions_among
 from nso_hf.step.direction import Direction
 from nso_hf.step.edits import edits_refused
 from nso_hf.step.generation import check_generates_nothing, generation_refused
@@ -81,6 +82,8 @@ class NSOTrainerMixin(_Base):
             self._nso_begin()
             super().__init__(*args, **kwargs)
             self._nso_select(self.model)
+            for companion in self._nso_companions():
+                companion.check(self)
 
     def _nso_begin(self) -> None:
         self._nso_defaults = NSOArguments()
@@ -149,6 +152,10 @@ class NSOTrainerMixin(_Base):
         self._nso_states = States()
         if self.model is not None:  # as in all trials of a hyperparameter search but the first
             self._nso_select_for_training(self.model)
+        for companion in self._nso_companions():
+            if self.model is not None:
+                companion.check(self)
+            companion.join(self)
         try:
             result = super().train(*args, **kwargs)
         finally:  # or they would outlive a model that is moved or made anew
@@ -169,21 +176,40 @@ class NSOTrainerMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.nso_args.chosen_method().remembers and self.nso_backend.copy == 0:
-            torch.save(self._nso_states.state_dict(), self._nso_states_file(output_dir))
+        if self.nso_backend.copy == 0:
+            for name, remembering in self._nso_remembering().items():
+                torch.save(remembering.state_dict(), self._nso_file(output_dir, name))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.nso_args.chosen_method().remembers:
-            file = self._nso_states_file(checkpoint)
+        if checkpoint is None:
+            return
+        for name, remembering in self._nso_remembering().items():
+            file = self._nso_file(checkpoint, name)
             if not file.exists():
-                rule = f"it has no {file.name}, which method {self.nso_args.method!r} goes on from"
-                cure = "Resume with the method and the number of processes that it was written by"
+                who = f"method {self.nso_args.method!r}" if name == "method" else f"{name!r}"
+                rule = f"it has no {file.name}, which {who} goes on from"
+                cure = f"Resume with the {name} and the number of processes that it was written by"
                 raise refusal("resume_from_checkpoint", checkpoint, rule, cure)
-            self._nso_states.load_state_dict(torch.load(file, map_location="cpu"))
+            remembering.load_state_dict(torch.load(file, map_location="cpu"))
 
-    def _nso_states_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"method_{self.nso_backend.part}.pt"
+    def _nso_remembering(self) -> dict[str, States | Companion]:
+        """What has a state that checkpoints hold, by the name of its file there."""
+        remembers = self.nso_args.chosen_method().remembers
+        method = {"method": self._nso_states} if remembers else {}
+        return method | {companion.name: companion for companion in self._nso_companions()}
+
+    def _nso_file(self, checkpoint: str, name: str) -> Path:
+        return Path(checkpoint) / f"{name}_{self.nso_backend.part}.pt"
+
+    def _nso_companions(self) -> list[Companion]:
+        return companions_among(self.callback_handler.callbacks)
+
+    def nso_weights(self) -> tuple[Backend, list[Weight]]:
+        """Every weight of the model, and what is trained beside it, as this process holds it now,
+        and the back end that says so."""
+        backend = select(self.accelerator, self.model_wrapped)
+        return backend, backend.weights(self._nso_beside(self.model_wrapped))
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         # Once for all evaluations of a micro-batch, at W.
@@ -235,6 +261,8 @@ class NSOTrainerMixin(_Base):
                 assert not point.last, "a method went on after the point it marked as the last"
                 point = following
         if self.accelerator.sync_gradients:
+            for companion in self._nso_companions():
+                companion.add_to_gradient(float(step.loss_scale))
             method.finish(step)
         self._nso_keep_measurements(step)
         self._nso_is_first = False

@@ -34,6 +34,17 @@ def tiny_llama(dropout: float = 0.0, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(DEVICE)
 
 
+def normalised_llama(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model with batch normalisation of its embeddings."""
+    norm = model.norm_of_embeddings = nn.BatchNorm1d(32)
+
+    def normalise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return norm(output.flatten(0, 1)).view_as(output)
+
+    model.model.embed_tokens.register_forward_hook(normalise)
+    return model
+
+
 def token_data(examples: int, length: int = 12, seed: int = 1) -> list[dict[str, Tensor]]:
     """Random token sequences with a fifth of the labels masked, so that micro-batches differ in
     weight."""

@@ -23,6 +23,16 @@ from transformers.distributed import DistributedConfig
 
 from nso_hf import NSOConfig, NSOSeq2SeqTrainer, NSOTrainer, NSOTrainerMixin
 from nso_hf.backends import check, select
+from nso_hf.companions import (
+    DistancePenalty,
+    DistanceProjection,
+    EMACallback,
+    MixupConfig,
+    MixupMixin,
+    MixupTrainer,
+    SWACallback,
+    with_label_noise,
+)
 from nso_hf.curvature import (
     CurvatureCallback,
     hessian_eigenvalues,
@@ -483,6 +493,135 @@ CURVATURE: dict[str, Callable[[Path], object]] = {
     "pattern of no parameter, by flag": command("--params", "lora_A", rows='{"text": "a b c"}'),
 }
 
+
+def accompanied(*callbacks, trainer_class=NSOTrainer, model=tiny_llama, data=None, **options):
+    """A trainer with companions, from its making to its end."""
+
+    def run(folder: Path) -> object:
+        made = trainer_class(
+            model=model(),
+            args=config(folder, **options),
+            train_dataset=token_data(4) if data is None else data,
+            eval_dataset=token_data(4),
+            callbacks=[make() for make in callbacks],
+        )
+        return made.train()
+
+    return run
+
+
+def schedule_free(folder: Path) -> object:
+    class ScheduleFree(torch.optim.SGD):
+        def train(self) -> None: ...
+
+    model = tiny_llama()
+    optimizer = ScheduleFree(model.parameters(), lr=0.1)
+    trainer = NSOTrainer(
+        model=model,
+        args=config(folder),
+        train_dataset=token_data(4),
+        optimizers=(optimizer, None),
+        callbacks=[EMACallback()],
+    )
+    return trainer.train()
+
+
+def average_before_it_begins(folder: Path) -> object:
+    callback = SWACallback(start=0.9)
+    accompanied(lambda: callback, max_steps=1)(folder)
+    with callback.averaged():
+        return None
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from token_data(4)
+
+
+def normalised() -> nn.Module:
+    model = tiny_llama()
+    model.norm = nn.BatchNorm1d(2)
+    return model
+
+
+def mixed(loss=None, **options) -> Callable[[Path], object]:
+    """Training with mixup on tokens with a label for each."""
+
+    def run(folder: Path) -> object:
+        args = MixupConfig(str(folder), use_cpu=True, report_to=[], max_steps=1, **options)
+        made = MixupTrainer(
+            model=tiny_llama(), args=args, train_dataset=token_data(8), compute_loss_func=loss
+        )
+        return made.train()
+
+    return run
+
+
+def mixed_inputs(model: Callable[[], nn.Module], **options) -> Callable[[Path], object]:
+    """Training with mixup on one label for each row of tokens."""
+
+    def run(folder: Path) -> object:
+        args = MixupConfig(str(folder), use_cpu=True, report_to=[], max_steps=1, **options)
+        rows = [{"input_ids": row["input_ids"], "labels": torch.tensor(1)} for row in token_data(8)]
+        return MixupTrainer(model=model(), args=args, train_dataset=rows).train()
+
+    return run
+
+
+class OfTokens(nn.Module):
+    """A classifier that does not say what embeds its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 3)
+
+    def forward(self, input_ids: torch.Tensor, labels: object = None) -> dict[str, torch.Tensor]:
+        return {"logits": self.embed(input_ids).mean(1)}
+
+
+def mixup_in_front(folder: Path) -> object:
+    return type("Wrong", (MixupMixin, NSOTrainer), {})
+
+
+def noisy(labels: object = (0, 1, 2), **options) -> Callable[[Path], object]:
+    return lambda folder: with_label_noise(labels, **{"rate": 0.2, "num_labels": 3, **options})
+
+
+COMPANIONS: dict[str, Callable[[Path], object]] = {
+    "decay above 1": lambda folder: EMACallback(decay=1.5),
+    "decay that keeps everything": lambda folder: EMACallback(decay=1.0),
+    "average of nothing": lambda folder: SWACallback(start=1.0),
+    "average every half step": lambda folder: EMACallback(every_steps=0.5),
+    "name that is no word": lambda folder: EMACallback(name="ema 0.9"),
+    "average in a plain trainer": accompanied(EMACallback, trainer_class=Trainer),
+    "two averages of one name": accompanied(EMACallback, lambda: EMACallback(0.9)),
+    "average and best model": accompanied(
+        lambda: EMACallback(apply_at_end=True),
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        eval_strategy="steps",
+    ),
+    "average that is never evaluated": accompanied(lambda: EMACallback(evaluate=True)),
+    "average of a schedule-free optimizer": schedule_free,
+    "average before it begins": average_before_it_begins,
+    "statistics of a stream": accompanied(EMACallback, model=normalised, data=Stream()),
+    "negative strength": lambda folder: DistancePenalty(-0.1),
+    "strength as text": lambda folder: DistancePenalty("much"),
+    "no radius": lambda folder: DistanceProjection(0),
+    "radius by no regular expression": lambda folder: DistanceProjection({"(": 1.0}),
+    "strength of no parameter": accompanied(lambda: DistancePenalty({"classifier": 0.1})),
+    "mixup of nothing": mixed(mixup_alpha=0.0),
+    "mixup in an unknown place": mixed(mixup_place="logits"),
+    "mixup in front": mixup_in_front,
+    "mixup with another loss": mixed(loss=nn.functional.mse_loss),
+    "mixup of tokens' labels": mixed(),
+    "mixup of token numbers": mixed_inputs(tiny_llama),
+    "mixup of unknown embeddings": mixed_inputs(OfTokens, mixup_place="embeddings"),
+    "label noise above 1": noisy(rate=1.2),
+    "label noise with one class": noisy(num_labels=1),
+    "label noise on -100": noisy(labels=[0, -100, 2]),
+}
+
 RECIPE: dict[str, Callable[[Path], object]] = {
     "unknown flag": recipe("--sigmma", "0.1"),
     "sigma negative, by flag": recipe("--sigma", "-1"),
@@ -751,6 +890,7 @@ CLIP: dict[str, Callable[[Path], object]] = {
 
 SECTIONS = {
     "Library": LIBRARY,
+    "Companions": COMPANIONS,
     "Curvature": CURVATURE,
     "Chain-of-thought recipe": RECIPE,
     "CLIP recipe": CLIP,

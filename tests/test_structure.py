@@ -22,6 +22,7 @@ ENGINE = ["refusal", "backends", "step", "methods", "arguments", "trainer"]
 """Each imports only those before it."""
 BESIDE = {
     "running": {"refusal", "backends", "arguments"},
+    "companions": set(ENGINE),
     "curvature": {"refusal", "backends", "step", "running"},
     "robustness": {"refusal"},
     "deep_lora": {"refusal"},

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from nso_hf.backends.errors import adds_gradients, without_moments
+from nso_hf.backends.errors import adds_gradients, steps_on_copies, without_moments
 
 HOOKS = {
     "deepspeed",
@@ -52,6 +52,8 @@ class Backend(ABC):
 
     keeps_gradients_apart: ClassVar[bool] = True
     """Whether a pass can have a gradient of its own: see `apart`."""
+    steps_on_copies: ClassVar[bool] = False
+    """Whether the optimizer steps, inside the backward pass, on weights of its own."""
     name: str
     """For people: what to write into a report."""
     num_processes: int
@@ -164,6 +166,12 @@ class Backend(ABC):
         """The part of its `.grad` that this process holds, to be read or written."""
         gradient = weight.parameter.grad
         return torch.zeros_like(weight.data) if gradient is None else gradient
+
+    def check_steps_on_weights(self, option: str, value: object) -> None:
+        """Raise a `ValueError` if what is written to weights or gradients, before or after a step,
+        is lost."""
+        if self.steps_on_copies:
+            raise steps_on_copies(option, value, self.name)
 
     def gradients(self, weights: Sequence[Weight]) -> list[Tensor]:
         """Of each `.grad` the part that this process holds, to be read or written: zeros where

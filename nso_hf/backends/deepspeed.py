@@ -23,6 +23,7 @@ class DeepSpeed(Backend):
     """Every process holds the whole model, or from stage 3 on a partition of each weight."""
 
     keeps_gradients_apart = False
+    steps_on_copies = True
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         super().__init__(accelerator, model)

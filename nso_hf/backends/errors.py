@@ -26,3 +26,10 @@ def not_prepared(model: nn.Module, how: str) -> Refusal:
     rule = f"it is not {how}, as after evaluate(), and each process would train a model of its own"
     cure = "Make a new trainer, and evaluate after train() or in a callback's on_train_begin"
     return refusal("model", type(model).__name__, rule, cure)
+
+
+def steps_on_copies(option: str, value: object, name: str) -> Refusal:
+    """The error for what writes to weights or gradients where that would be lost."""
+    rule = f"{name} steps on copies of the weights, inside the backward pass"
+    cure = "Use DistributedDataParallel or FSDP2, or weight_decay"
+    return refusal(option, value, rule, cure)

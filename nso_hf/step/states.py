@@ -22,15 +22,19 @@ class States:
     def __contains__(self, name: str) -> bool:
         return name in self._directions
 
-    def get(self, name: str, weights: Sequence[Weight], first: float = 0.0) -> Direction:
+    def get(
+        self, name: str, weights: Sequence[Weight], first: float = 0.0, wide: bool = False
+    ) -> Direction:
         """The direction of that name, to be read or written in place; every element is `first` at
-        first.
+        first, in the weight's type, or with `wide` in float32 at least.
 
         Raises:
             ValueError: it was loaded from a checkpoint of other weights.
         """
         if name not in self._directions:
-            self._directions[name] = {w.name: torch.full_like(w.data, first) for w in weights}
+            self._directions[name] = {
+                w.name: torch.full_like(w.data, first, dtype=_type(w.data, wide)) for w in weights
+            }
         tensors = self._directions[name]
         parts = []
         for weight in weights:
@@ -50,3 +54,7 @@ class States:
 
     def load_state_dict(self, directions: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._directions = {name: dict(tensors) for name, tensors in directions.items()}
+
+
+def _type(data: Tensor, wide: bool) -> torch.dtype:
+    return torch.promote_types(data.dtype, torch.float32) if wide else data.dtype

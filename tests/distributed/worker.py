@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 from benchmarks.collectives import CountCollectives
 from nso_hf import NSOTrainer
 from nso_hf.backends import select
+from nso_hf.companions import DistancePenalty, DistanceProjection, EMACallback, SWACallback
 from nso_hf.curvature import (
     CurvatureCallback,
     hessian_eigenvalues,
@@ -37,7 +38,7 @@ from tests.distributed.back_ends import (
     masters,
 )
 from tests.older import IS_VERSION_4
-from tests.reference import config, tiny_llama, token_data
+from tests.reference import config, normalised_llama, tiny_llama, token_data
 
 
 class Counting:
@@ -68,6 +69,9 @@ class PlainTrainer(Counting, transformers.Trainer):
     pass
 
 
+MODEL_OPTIONS = "lora deep plain dropout loaded parallel counts normalised".split()
+
+
 def make_trainer(case, directory, **kwargs):
     """A trainer for `case`: the name of a back end, options of training, and a few of the test's
     own."""
@@ -78,10 +82,7 @@ def make_trainer(case, directory, **kwargs):
             key: {**back_end[key], **value},
             **{k: back_end[k] for k in set(back_end) - {key}},
         }
-    own = {
-        name: case.pop(name, None)
-        for name in ("lora", "deep", "plain", "dropout", "loaded", "parallel", "counts")
-    }
+    own = {name: case.pop(name, None) for name in MODEL_OPTIONS}
     defaults = {
         "lr_scheduler_type": "constant",
         "optim": "sgd",
@@ -100,6 +101,7 @@ def make_trainer(case, directory, **kwargs):
     projection = model.model.layers[0].mlp.down_proj
     model = lora(model) if own["lora"] else model
     model = deep(own["deep"], model) if own["deep"] else model
+    model = normalised_llama(model) if own["normalised"] else model
     if IS_VERSION_4:  # what users had to write, where activations are checkpointed
         model.config.use_cache = False
         if own["lora"] or own["deep"]:
@@ -368,6 +370,58 @@ def watch(case, directory):
     return {**results, **facts(trainer)}
 
 
+COMPANIONS = {
+    "ema": EMACallback,
+    "swa": SWACallback,
+    "penalty": DistancePenalty,
+    "projection": DistanceProjection,
+}
+
+
+def companions(case, directory):
+    """Weights and averages after a training with companions, or what refuses them."""
+    resume, kinds = case.pop("resume", None), case.pop("companions")
+    callbacks = [COMPANIONS[kind](**options) for kind, options in kinds.items()]
+    try:
+        trainer = make_trainer(case, directory, callbacks=callbacks)
+    except ValueError as error:
+        return {"refused": str(error)}
+    trainer.train(resume_from_checkpoint=resume)
+    wrapped, history = trainer.model_wrapped, trainer.state.log_history
+    model = trainer.accelerator.unwrap_model(wrapped)
+    snapshot = Snapshot()
+    snapshot.trainer = trainer
+    before, averages, losses, saved = snapshot.now(), {}, {}, {}
+    buffers, statistics = dict(model.named_buffers()), {}
+    for callback in callbacks:
+        if hasattr(callback, "averaged"):
+            with callback.averaged():
+                averages[callback.name] = [_whole(p) for p in model.parameters()]
+                statistics[callback.name] = {name: b.clone() for name, b in buffers.items()}
+                losses[callback.name] = trainer.evaluate()["eval_loss"]
+                trainer.save_model(f"{directory}/{callback.name}")
+            if trainer.is_world_process_zero():
+                file = load_file(f"{directory}/{callback.name}/model.safetensors")
+                names = [name for name, _ in model.named_parameters()]
+                saved[callback.name] = [file[name] for name in names]
+    after = snapshot.now()
+    return {
+        "weights": masters(model, getattr(wrapped, "optimizer", None)),
+        "averages": averages,
+        "losses": losses,
+        "statistics": statistics,
+        "saved": saved,
+        "logged": [e["eval_ema_loss"] for e in history if "eval_ema_loss" in e],
+        "differ": [n for n, w in before.items() if not torch.equal(w, after[n])],
+        **facts(trainer),
+    }
+
+
+def _whole(parameter):
+    with gathered(parameter) as data:
+        return data.clone()
+
+
 def clip(case, directory):
     """A model of open_clip trained on the global batch, then evaluated and measured."""
     from nso_hf.tasks.clip.pairs import Fields
@@ -426,6 +480,7 @@ EXPERIMENTS = {
     "train": train,
     "refused": refused,
     "clip": clip,
+    "companions": companions,
     "restore": restore,
     "noise": noise,
     "retrain": retrain,
