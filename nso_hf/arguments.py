@@ -115,3 +115,19 @@ class NSOSeq2SeqConfig(NSOArguments, Seq2SeqTrainingArguments):
 
 
 _OF_EVERY_METHOD = {"common_random_numbers", "start", "interval"}
+
+
+def check_training(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: an option of the Trainer would have weights written or copied in a pass.
+    """
+    optim = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in optim or "layerwise" in optim:
+        rule = "it updates the weights during the backward pass, while they are perturbed"
+        cure = "Use an optimizer that steps after it, as adamw_torch or adafactor"
+        raise refusal("optim", optim, rule, cure)
+    if args.n_gpu > 1:
+        rule = "DataParallel copies the weights to every GPU in each forward pass"
+        cure = "Launch one process per GPU with torchrun, or make one GPU visible"
+        raise refusal("n_gpu", args.n_gpu, rule, cure)

@@ -8,7 +8,6 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.utils import logging
 
-from nso_hf.arguments import NSOArguments
+from nso_hf.arguments import NSOArguments, check_training
 from nso_hf.backends import Backend, Weight, check, select
 from nso_hf.methods import Point, Step
 from nso_hf.refusal import refusal
@@ -24,7 +23,9 @@ from nso_hf.step.companion import Companion, companions_among
 from nso_hf.step.direction import Direction
 from nso_hf.step.edits import edits_refused
 from nso_hf.step.generation import check_generates_nothing, generation_refused
-from nso_hf.step.perturbation import Perturbation, borrowed
+from nso_hf.step.kept import Keeps, load, save
+from nso_hf.step.measurements import NORM, Measurements, norm_of
+from nso_hf.step.perturbation import borrowed
 from nso_hf.step.rates import check_can_be_slow, slow_down
 from nso_hf.step.selection import (
     check_patterns,
@@ -91,8 +92,7 @@ class NSOTrainerMixin(_Base):
         self._nso_all_weights: list[Weight] = []
         self._nso_weights: list[Weight] | None = None  # the perturbed ones of this optimizer step
         self._nso_side_effects: SideEffects | None = None
-        self._nso_measured_step: int | None = None  # whose measurements go into the next log
-        self._nso_measurements: dict[str, float | Tensor] = {}
+        self._nso_measurements = Measurements()
         self._nso_point: Point | None = None  # where the weights are, within a training step
         self._nso_inputs: Any = None  # of this evaluation, prepared
         self._nso_states = States()
@@ -111,15 +111,7 @@ class NSOTrainerMixin(_Base):
         # has set its options.
         self.nso_args.check()
         check(self.accelerator)
-        optim = str(getattr(self.args.optim, "value", self.args.optim))
-        if "lomo" in optim or "layerwise" in optim:
-            rule = "it updates the weights during the backward pass, while they are perturbed"
-            cure = "Use an optimizer that steps after it, as adamw_torch or adafactor"
-            raise refusal("optim", optim, rule, cure)
-        if self.args.n_gpu > 1:
-            rule = "DataParallel copies the weights to every GPU in each forward pass"
-            cure = "Launch one process per GPU with torchrun, or make one GPU visible"
-            raise refusal("n_gpu", self.args.n_gpu, rule, cure)
+        check_training(self.args)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         # Called once per optimizer step, for all its micro-batches.
@@ -132,11 +124,7 @@ class NSOTrainerMixin(_Base):
         self._nso_micro_batch = 0
         self._nso_weights = None
         self._nso_states.sums.clear()  # of a step that failed
-        if (
-            self._nso_measured_step is not None
-            and self._nso_measured_step >= self.state.global_step
-        ):
-            self._nso_forget_measurements()  # of an attempt that failed, or of an earlier training
+        self._nso_measurements.begin(self.state.global_step)
         result = super().get_batch_samples(*args, **kwargs)
         self._nso_is_awaited = bool(result[0])
         return result
@@ -177,30 +165,18 @@ class NSOTrainerMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.nso_backend.copy == 0:
-            for name, remembering in self._nso_remembering().items():
-                torch.save(remembering.state_dict(), self._nso_file(output_dir, name))
+            save(self._nso_kept(), output_dir, self.nso_backend.part)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        for name, remembering in self._nso_remembering().items():
-            file = self._nso_file(checkpoint, name)
-            if not file.exists():
-                who = f"method {self.nso_args.method!r}" if name == "method" else f"{name!r}"
-                rule = f"it has no {file.name}, which {who} goes on from"
-                cure = f"Resume with the {name} and the number of processes that it was written by"
-                raise refusal("resume_from_checkpoint", checkpoint, rule, cure)
-            remembering.load_state_dict(torch.load(file, map_location="cpu"))
+        if checkpoint is not None:
+            load(self._nso_kept(), checkpoint, self.nso_backend.part)
 
-    def _nso_remembering(self) -> dict[str, States | Companion]:
-        """What has a state that checkpoints hold, by the name of its file there."""
+    def _nso_kept(self) -> dict[str, Keeps]:
+        """What has a state that checkpoints hold, by name."""
         remembers = self.nso_args.chosen_method().remembers
-        method = {"method": self._nso_states} if remembers else {}
+        method: dict[str, Keeps] = {"method": self._nso_states} if remembers else {}
         return method | {companion.name: companion for companion in self._nso_companions()}
-
-    def _nso_file(self, checkpoint: str, name: str) -> Path:
-        return Path(checkpoint) / f"{name}_{self.nso_backend.part}.pt"
 
     def _nso_companions(self) -> list[Companion]:
         return companions_among(self.callback_handler.callbacks)
@@ -250,7 +226,8 @@ class NSOTrainerMixin(_Base):
             while True:
                 perturbation.move_to(point.displacement, point.sign)
                 self._nso_point = point
-                self._nso_measure(step, point, perturbation)
+                if self._nso_measures_norm(step, point):
+                    step.measurements[NORM] = norm_of(perturbation, step.weights)
                 loss = self._nso_gradient_at(point, step, model, inputs, num_items_in_batch)
                 try:
                     following = points.send(loss)
@@ -262,9 +239,9 @@ class NSOTrainerMixin(_Base):
                 point = following
         if self.accelerator.sync_gradients:
             for companion in self._nso_companions():
-                companion.add_to_gradient(float(step.loss_scale))
+                companion.add_to_gradient(step.loss_scale)
             method.finish(step)
-        self._nso_keep_measurements(step)
+        self._nso_measurements.keep(step.measurements, step.number)
         self._nso_is_first = False
         return reported
 
@@ -392,7 +369,7 @@ class NSOTrainerMixin(_Base):
             weights=self._nso_weights,
             all_weights=self._nso_all_weights,
             model=self.accelerator.unwrap_model(model, keep_torch_compile=False),
-            is_measured=self._nso_measured_step in (None, number),
+            is_measured=self._nso_measurements.wanted_of(number),
             backend=backend,
             states=self._nso_states,
             optimizer=self._nso_innermost_optimizer(),
@@ -407,31 +384,9 @@ class NSOTrainerMixin(_Base):
             optimizer = inner
         return optimizer
 
-    def _nso_measure(self, step: Step, point: Point, perturbation: Perturbation) -> None:
-        name = "nso/perturbation_norm"
-        if not step.is_measured or point.displacement is None:
-            return
-        if name in step.measurements or name in self._nso_measurements:
-            return
-        step.measurements[name], moved = perturbation.measure()
-        is_half = any(weight.data.element_size() < 4 for weight in step.weights)
-        if is_half and moved < 0.5:
-            dtypes = sorted({str(w.data.dtype).removeprefix("torch.") for w in step.weights})
-            logger.warning_once(
-                f"Only {moved:.0%} of the perturbed weights changed: {' and '.join(dtypes)} cannot "
-                "carry noise as small as sigma. Load the model in float32 (with bf16=True for "
-                "mixed precision), or raise sigma."
-            )
-
-    def _nso_keep_measurements(self, step: Step) -> None:
-        for name, value in step.measurements.items():
-            self._nso_measured_step = step.number
-            # A micro-batch's loss is its share of the step's: tensors made of losses add up.
-            earlier = self._nso_measurements.get(name)
-            self._nso_measurements[name] = earlier + value if isinstance(earlier, Tensor) else value
-
-    def _nso_forget_measurements(self) -> None:
-        self._nso_measurements, self._nso_measured_step = {}, None
+    def _nso_measures_norm(self, step: Step, point: Point) -> bool:
+        is_new = NORM not in step.measurements and self._nso_measurements.lacks(NORM)
+        return step.is_measured and point.displacement is not None and is_new
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "train_loss" in logs and self._nso_weights is None:
@@ -440,11 +395,7 @@ class NSOTrainerMixin(_Base):
             )
             return
         if "loss" in logs:
-            for name, value in self._nso_measurements.items():
-                if isinstance(value, Tensor):
-                    value = self.accelerator.reduce(value, "mean").item()
-                logs[name] = value
-            self._nso_forget_measurements()
+            self._nso_measurements.move_into(logs, self.nso_backend.mean)
         super().log(logs, *args, **kwargs)
 
 

@@ -91,7 +91,7 @@ class DistancePenalty(_FromTheStart):
     def _check_number(self, value: float) -> None:
         check_range("strength", value, 0, math.inf, "Typical values are 0.001 to 0.1")
 
-    def add_to_gradient(self, loss_scale: float) -> None:
+    def add_to_gradient(self, loss_scale: float | Tensor) -> None:
         backend, weights = self.held()
         start = self._start_of(weights)
         gradients = backend.gradients(weights)
@@ -99,7 +99,7 @@ class DistancePenalty(_FromTheStart):
             match = self._pattern_of(weight)
             strength = self._values[match.re.pattern] if match else 0.0
             if strength:
-                gradient.add_(weight.data - first, alpha=strength * loss_scale)
+                gradient.add_((weight.data - first) * (strength * loss_scale))
 
 
 class DistanceProjection(_FromTheStart):

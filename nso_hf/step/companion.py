@@ -4,6 +4,7 @@ them."""
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 
 from nso_hf.backends import Backend, Weight
@@ -53,7 +54,7 @@ class Companion(TrainerCallback):
         backend, weights = self.trainer.nso_weights()
         return backend, [weight for weight in weights if weight.parameter.requires_grad]
 
-    def add_to_gradient(self, loss_scale: float) -> None:
+    def add_to_gradient(self, loss_scale: float | Tensor) -> None:
         """When the gradient of an optimizer step is there, reduced, multiplied by `loss_scale` and
         not clipped yet, and the weights are at W: add to it."""
 

@@ -155,7 +155,7 @@ def test_it_is_in_checkpoints_and_resumes_bit_for_bit(tmp_path):
     for a, b in zip(first, second, strict=True):
         assert a.count == b.count and equal(averages(a), averages(b))
     (tmp_path / "checkpoint-3" / "swa_0.pt").unlink()
-    with pytest.raises(ValueError, match=r"it has no swa_0\.pt, which 'swa' goes on from"):
+    with pytest.raises(ValueError, match=r"it has no swa_0\.pt, which the training's swa goes on from"):
         run(str(tmp_path / "checkpoint-3"))
 
 

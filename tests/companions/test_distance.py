@@ -174,7 +174,7 @@ def test_the_first_weights_stay_the_first_in_a_resumed_run(tmp_path, kind):
     assert largest_difference(whole.model, resumed.model) == 0
     without = trained(tmp_path / "without", [], data, **options)
     assert largest_difference(whole.model, without.model) > 1e-3
-    with pytest.raises(ValueError, match=r"it has no distance_p\w+_0\.pt, which 'distance_p"):
+    with pytest.raises(ValueError, match=r"it has no distance_p\w+_0\.pt, which the training's distance_p"):
         trained(tmp_path, [kind(0.5)], data, str(tmp_path / "without" / "checkpoint-2"), **options)
 
 
