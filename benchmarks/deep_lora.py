@@ -230,9 +230,9 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
-    # Seed by seed, so that a part of the table is there early.
-    for seed, *cell in itertools.product(range(options.seeds), TEXTS, RANKS, RATES, FORMS):
-        texts, rank, rate, form = cell
+    # Those with few texts first, so that a part of the table is there early.
+    seeds = range(options.seeds)
+    for texts, seed, rank, rate, form in itertools.product(TEXTS, seeds, RANKS, RATES, FORMS):
         way = "_".join(form.lower().replace(",", "").split())
         name = f"{way}-r{rank}-{texts}-{rate:g}-{seed}"
         file = options.output / f"{name}.json"
