@@ -34,8 +34,9 @@ def _squares(weight: Weight) -> Tensor:
     if weight.data.numel():
         first, before = divmod(weight.start, length)
         flat = weight.data.reshape(-1).to(dtype)
-        flat = pad(flat, (before, -(before + flat.numel()) % length))
-        held = flat.view(-1, length).square().sum(dim=1)
+        after = -(before + flat.numel()) % length
+        flat = pad(flat, (before, after)) if before or after else flat
+        held = torch.linalg.vector_norm(flat.view(-1, length), dim=1).square()
         sums[first : first + len(held)] = held
     return sums
 
