@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from nso_hf.deep_lora import deepen
-from tests.reference import tiny_llama, token_data
+from tests.reference import batched, tiny_llama, token_data
 
 FORMS = ["plain", "compressed"]
 SCALE = 0.3  # at the paper's 1e-3 a few steps of SGD leave the factors where they are
@@ -16,8 +16,7 @@ R = 4
 
 
 def first_batch(examples=8):
-    rows = token_data(examples, seed=3)
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    return batched(token_data(examples, seed=3))
 
 
 def lora(model=None, r=R, **options):

@@ -59,6 +59,11 @@ def token_data(examples: int, length: int = 12, seed: int = 1) -> list[dict[str,
     return data
 
 
+def batched(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows as one batch, where the models are."""
+    return {key: torch.stack([row[key] for row in rows]).to(DEVICE) for key in rows[0]}
+
+
 def config(output_dir: Any, **options: Any) -> NSOConfig:
     """Deterministic training without shuffling, saving or reporting, unless asked for."""
     defaults: dict[str, Any] = {
@@ -131,7 +136,7 @@ def reference_nso(
     sizes = [global_batch] * steps if isinstance(global_batch, int) else global_batch
     for step in range(steps):
         examples = data[sum(sizes[:step]) : sum(sizes[: step + 1])]
-        batch = {key: torch.stack([e[key] for e in examples]).to(DEVICE) for key in examples[0]}
+        batch = batched(examples)
         tokens = (batch["labels"][:, 1:] != -100).sum()
         W = [p.detach().clone() for p in parameters]
         U = [draw(model, seed, step, j, sigma, distribution) for j in range(k)]

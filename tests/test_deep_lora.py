@@ -19,6 +19,7 @@ from nso_hf.step.rates import slow_down
 from tests.deep_loras import FORMS, SCALE, R, deep, explicit, factors, first_batch, layers, lora
 from tests.methods.equations import OPTIONS, reference_method
 from tests.reference import (
+    DEVICE,
     causal_loss_sum,
     config,
     largest_difference,
@@ -38,11 +39,11 @@ def test_the_plain_factors_are_orthogonal_at_their_scale():
         assert W3.shape == (layer.out_features, R) and W1.shape == (R, layer.in_features)
         for W in (W3.T @ W3, W2 @ W2.T, W2.T @ W2, W1 @ W1.T):
             # Unit vectors in float32, times 1e-6.
-            assert (W - 1e-6 * torch.eye(R)).abs().max() <= 1e-12
+            assert (W - 1e-6 * torch.eye(R, device=DEVICE)).abs().max() <= 1e-12
         # The singular values of a product of three such are all 1e-9.
         dW = layer.get_delta_weight("default")
         assert torch.allclose(
-            torch.linalg.svdvals(dW)[:R], torch.full((R,), 1e-9), rtol=1e-5, atol=0
+            torch.linalg.svdvals(dW)[:R], torch.full((R,), 1e-9, device=DEVICE), rtol=1e-5, atol=0
         )
 
 
@@ -50,8 +51,11 @@ def test_a_width_beyond_the_matrix_is_orthogonal_in_the_other_way():
     """The form without a choice of rank: as wide as the matrix's longer side."""
     for layer in layers(deep("plain", scale=1.0, r=32)).values():
         W3, W2, W1 = factors(layer)
-        assert (W3 @ W3.T - torch.eye(layer.out_features)).abs().max() <= 1e-5
-        assert (W1 @ W1.T - torch.eye(32)).abs().max() <= 1e-5 and W2.shape == (32, 32)
+        assert (W3 @ W3.T - torch.eye(layer.out_features, device=DEVICE)).abs().max() <= 1e-5
+        assert (W1 @ W1.T - torch.eye(32, device=DEVICE)).abs().max() <= 1e-5 and W2.shape == (
+            32,
+            32,
+        )
 
 
 def test_the_compressed_factors_are_singular_vectors_of_the_first_gradient():
@@ -61,7 +65,7 @@ def test_the_compressed_factors_are_singular_vectors_of_the_first_gradient():
     for name, layer in layers(model).items():
         U, *cores, Vh = factors(layer)
         assert len(cores) == 3
-        assert all(torch.equal(C, 1e-3 * torch.eye(R)) for C in cores)
+        assert all(torch.equal(C, 1e-3 * torch.eye(R, device=DEVICE)) for C in cores)
         assert len({C.data_ptr() for C in cores}) == 3
         G = base.get_submodule(name.removeprefix("base_model.model.")).weight.grad
         u, s, vh = (x.double() for x in torch.linalg.svd(G.double(), full_matrices=False))

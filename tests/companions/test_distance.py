@@ -8,6 +8,7 @@ import torch
 
 from nso_hf.companions import DistancePenalty, DistanceProjection, EMACallback
 from tests.reference import (
+    batched,
     causal_loss_sum,
     config,
     draw,
@@ -34,7 +35,7 @@ def loop(strengths=None, project=None, sigma=SIGMA, ascent=0.0, clip=1.0, steps=
     first = [p.detach().clone() for p in parameters]
     for step in range(steps):
         rows = DATA[batch * step : batch * (step + 1)]
-        inputs = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        inputs = batched(rows)
         tokens = (inputs["labels"][:, 1:] != -100).sum()
         W = [p.detach().clone() for p in parameters]
         gradient = [torch.zeros_like(p) for p in parameters]
@@ -174,7 +175,9 @@ def test_the_first_weights_stay_the_first_in_a_resumed_run(tmp_path, kind):
     assert largest_difference(whole.model, resumed.model) == 0
     without = trained(tmp_path / "without", [], data, **options)
     assert largest_difference(whole.model, without.model) > 1e-3
-    with pytest.raises(ValueError, match=r"it has no distance_p\w+_0\.pt, which the training's distance_p"):
+    with pytest.raises(
+        ValueError, match=r"it has no distance_p\w+_0\.pt, which the training's distance_p"
+    ):
         trained(tmp_path, [kind(0.5)], data, str(tmp_path / "without" / "checkpoint-2"), **options)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from nso_hf import NSOTrainer
-from tests.reference import config, draw, largest_difference, tiny_llama, token_data
+from tests.reference import batched, config, draw, largest_difference, tiny_llama, token_data
 
 DATA, STEPS, BATCH = token_data(24), 3, 8
 SIGMA, RHO, LEARNING_RATE = 0.05, 0.05, 0.3
@@ -16,7 +16,7 @@ TOLERANCE = 1e-6  # float32, three steps: as the engine's own comparison with a 
 
 def batch_of(step):
     rows = DATA[BATCH * step : BATCH * (step + 1)]
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    return batched(rows)
 
 
 def loss_of(model, step, noise=None, smoothing=0.0):

@@ -19,7 +19,7 @@ from nso_hf.curvature import (
     training_batches,
 )
 from tests.curvature.dense import Classifier, classifier, made
-from tests.reference import DEVICE, config, tiny_llama, token_data
+from tests.reference import DEVICE, batched, config, tiny_llama, token_data
 
 MEASURES = {
     "trace": lambda *a, **o: hessian_trace(*a, num_samples=3, **o),
@@ -40,9 +40,7 @@ def llama():
     model.train()
     model.model.layers[0].eval()  # modes may be mixed
     model.model.embed_tokens.weight.requires_grad_(False)
-    batch = {
-        key: torch.stack([e[key] for e in token_data(4)]).to(DEVICE) for key in token_data(1)[0]
-    }
+    batch = batched(token_data(4))
     return model, [batch]
 
 

@@ -69,7 +69,7 @@ class PlainTrainer(Counting, transformers.Trainer):
     pass
 
 
-MODEL_OPTIONS = "lora deep plain dropout loaded parallel counts normalised".split()
+MODEL_OPTIONS = ["lora", "deep", "plain", "dropout", "loaded", "parallel", "counts", "normalised"]
 
 
 def make_trainer(case, directory, **kwargs):

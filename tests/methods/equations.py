@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nso_hf.step.noise import Noise
 from tests.older import IS_VERSION_4
-from tests.reference import DEVICE, causal_loss_sum, whole_noise
+from tests.reference import batched, causal_loss_sum, whole_noise
 
 
 def norm(v):
@@ -225,7 +225,7 @@ def reference_method(model, name, data, *, steps, batch, micro_batches):
     losses, velocity = [], None
     for step in range(steps):
         examples = data[step * batch : (step + 1) * batch]
-        stacked = {key: torch.stack([e[key] for e in examples]).to(DEVICE) for key in examples[0]}
+        stacked = batched(examples)
         tokens = (stacked["labels"][:, 1:] != -100).sum()
         W = [p.detach().clone() for p in parameters]
         total, at_W = ([torch.zeros_like(p) for p in parameters] for _ in range(2))

@@ -14,6 +14,7 @@ from tests.deep_loras import FORMS, deep
 from tests.distributed.back_ends import lora
 from tests.reference import (
     DEVICE,
+    batched,
     causal_loss_sum,
     config,
     largest_difference,
@@ -67,7 +68,7 @@ def reference_flat_lora(
     trainable = [p for p in model.parameters() if p.requires_grad]
     for step in range(steps):
         examples = data[step * batch : (step + 1) * batch]
-        stacked = {key: torch.stack([e[key] for e in examples]).to(DEVICE) for key in examples[0]}
+        stacked = batched(examples)
         tokens = (stacked["labels"][:, 1:] != -100).sum()
         f_t = (1 - math.cos(math.pi * (step + 1) / steps)) / 2
         layers = list(adapted(model))

@@ -11,7 +11,7 @@ from benchmarks.allocations import CountAllocations
 from nso_hf import NSOTrainer
 from nso_hf.step.noise import Noise
 from tests.curvature.dense import Classifier
-from tests.reference import DEVICE, config, whole_noise
+from tests.reference import DEVICE, batched, config, whole_noise
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -22,7 +22,7 @@ def test_the_estimate_is_the_derivative_along_each_draw(tmp_path, k):
         {"x": x, "labels": label}
         for x, label in zip(torch.randn(8, 6).double(), torch.randint(4, (8,)), strict=True)
     ]
-    batch = {key: torch.stack([row[key] for row in rows]).to(DEVICE) for key in rows[0]}
+    batch = batched(rows)
     model.eval()
     model(**batch)["loss"].backward()
     W = [p.detach().clone() for p in model.parameters()]
@@ -73,7 +73,7 @@ def test_a_step_takes_the_memory_of_inference_and_one_copy_of_the_weights(tmp_pa
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=32, n_layer=6, n_head=4)).to(DEVICE)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(500, (8, 64))]
-    batch = {key: torch.stack([row[key] for row in rows]).to(DEVICE) for key in rows[0]}
+    batch = batched(rows)
     copy = sum(p.numel() * p.element_size() for p in model.parameters())
 
     def step(trainer_class, **options):

@@ -52,7 +52,7 @@ def test_the_weights_come_back_after_an_error_and_ties_are_quantised_once():
     with pytest.raises(KeyError), round_to_nearest(model, bits=2):
         assert len(model.lm_head.weight[0].unique()) <= 3
         assert model.lm_head.weight is model.model.embed_tokens.weight
-        assert torch.equal(model.model.norm.weight, torch.ones(32))
+        assert (model.model.norm.weight == 1).all()
         raise KeyError
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
 
