@@ -12,7 +12,7 @@ $(1)/bin/python -m pytest -q $(2) -n 2 --dist loadfile --ignore tests/distribute
 $(1)/bin/python -m pytest -q $(2) tests/distributed $(if $(3),--cov=nso_hf --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95)
 endef
 
-.PHONY: help demo demo-clip test test-all test-lowest test-newest lint coverage bench refusals methods clean
+.PHONY: help demo demo-clip test test-all test-gpu test-lowest test-newest lint coverage bench refusals methods clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -50,6 +50,11 @@ test: lint ## lint, types, the quick tests with coverage
 
 test-all: lint ## lint, types, all tests with coverage (every cell of the back-end matrix)
 	$(call pytest,$(VENV),,coverage)
+
+test-gpu: $(VENV)/dev ## the tests of one process on a CUDA device
+	NSO_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/test_devices.py tests/step tests/methods tests/companions \
+		tests/test_deep_lora.py tests/test_nso_against_reference.py tests/test_closed_forms.py tests/test_resume.py \
+		tests/test_drop_in.py tests/test_with_the_trainer.py tests/curvature
 
 test-lowest: ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	mkdir -p build
