@@ -62,3 +62,30 @@ def classification(
             if counts[index]
         },
     )
+
+
+def linear_probe(
+    features: Tensor,
+    target: Tensor,
+    test_features: Tensor,
+    test_target: Tensor,
+    classes: Sequence[str],
+    *,
+    C: float = 1.0,
+) -> Classification:
+    """Accuracy of logistic regression on features that are standardised, as linear probes of masked
+    autoencoders are (arXiv 2111.06377, A.1).
+
+    Args:
+        features: (m, D), with the classes `target` (m,): what it is fitted on.
+        test_features: (n, D), with `test_target` (n,).
+        C: scikit-learn's.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
+    probe.fit(features.numpy(), target.numpy())
+    predicted = torch.from_numpy(probe.predict(test_features.numpy()))
+    return classification(predicted, test_target, classes)
