@@ -80,7 +80,7 @@ def open_collections(
     """Open what the options name; refuse what cannot be trained on, or judged by."""
     from nso_hf.tasks.images.evaluation import labelled_sets
 
-    train = data.open(data.train_data, data.train_split, pixels, labelled=False)
+    train = data.open("train_data", pixels, labelled=False)
     recorded.check("train_data", data.train_data, "training images", train.digest())
     if data.validation_size >= len(train):
         rule = f"there are {len(train)} training images"
@@ -88,11 +88,11 @@ def open_collections(
     if data.target_data is None:
         return Collections(train, None, None, None, [])
     judged = evaluation.evaluation != "none"
-    target = data.open(data.target_data, data.train_split, pixels, labelled=judged)
+    target = data.open("target_data", pixels, labelled=judged)
     recorded.check("target_data", data.target_data, "target images", target.digest())
     if not judged:
         return Collections(train, target, None, None, [])
-    tested = data.open(data.target_data, data.test_split, pixels, labelled=True)
+    tested = data.open("target_data", pixels, split="test_split", labelled=True)
     recorded.check("target_data", data.target_data, "test images", tested.digest())
     per_class = evaluation.examples_per_class
     labelled, test, classes = labelled_sets(target, tested, per_class, seed)

@@ -45,7 +45,7 @@ class MAEConfig(NSOConfig):
     )
 
     def __post_init__(self) -> None:
-        hint = "Typical values are 0.01 to 1; 0 leaves it out"
+        hint = "Typical values are 0.001 to 0.1; 0 leaves it out"
         check_range("rademacher_strength", self.rademacher_strength, 0.0, float("inf"), hint)
         check_positive("rademacher_radius", self.rademacher_radius, "Leave it at 1")
         check_integer("rademacher_draws", self.rademacher_draws, 1, "Typical values are 4 to 32")

@@ -1,10 +1,11 @@
 """The options of pretraining masked autoencoders beside those of training."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nso_hf.refusal import check_choice, check_integer, check_positive, refusal
+from nso_hf.refusal import Refusal, check_choice, check_integer, check_positive, refusal
 
 if TYPE_CHECKING:
     from nso_hf.tasks.images.dataset import Images, Pixels
@@ -169,18 +170,24 @@ class DataOptions:
             if value is not None and value.startswith((".", "/")) and not Path(value).exists():
                 raise refusal(option, value, "no such file or folder", "Check the path")
 
-    def open(self, data: str, split: str, pixels: "Pixels", *, labelled: bool) -> "Images":
-        """The images that one of the options names."""
+    def open(
+        self, option: str, pixels: "Pixels", *, split: str = "train_split", labelled: bool
+    ) -> "Images":
+        """The images that `option` names, of the split that the option `split` names."""
         from nso_hf.tasks.images.sources import open_images
 
-        return open_images(
-            data,
-            split,
-            pixels,
-            image_column=self.image_column,
-            label_column=self.label_column if labelled else None,
-            fashion_mnist_folder=self.fashion_mnist_folder,
-        )
+        try:
+            return open_images(
+                getattr(self, option),
+                getattr(self, split),
+                pixels,
+                image_column=self.image_column,
+                label_column=self.label_column if labelled else None,
+                fashion_mnist_folder=self.fashion_mnist_folder,
+            )
+        except Refusal as error:  # as the options are called here
+            text = re.sub(r"^data=", f"{option}=", str(error))
+            raise Refusal(re.sub(r"^split=", f"{split}=", text)) from error
 
 
 @dataclass

@@ -108,7 +108,7 @@ def plot_reconstruction(model: ViTMAEForPreTraining, images: Images, path: Path)
         squeeze=False,
     )
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        shown = images.pixels.shown(pictures)
+        shown = images.pixels.shown(pictures).numpy()
         for axis, picture in zip(line, shown, strict=True):
             grey = picture.shape[-1] == 1
             axis.imshow(picture.squeeze(-1) if grey else picture, cmap="gray", vmin=0, vmax=1)
