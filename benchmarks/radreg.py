@@ -1,6 +1,6 @@
 """Does it help to pretrain for the task to come? A masked autoencoder, then few labelled images.
 
-    python -m benchmarks.radreg --fashion_mnist_folder FOLDER [--seeds 0 1 2] [--steps 300]
+    python -m benchmarks.radreg --fashion_mnist_folder FOLDER [--seeds 0 1 2] [--steps 600]
 
 A small ViT learns to reconstruct Fashion-MNIST (--train openmoji: emoji) plainly, with NSO, with
 the Rademacher complexity of the representations of Fashion-MNIST's unlabelled training images as a
@@ -53,7 +53,7 @@ WAYS = {
     **{f"RadReg {s}": {"rademacher_strength": s} for s in STRENGTHS},
     **{f"NSO, RadReg {s}": {"rademacher_strength": s, "sigma": SIGMA} for s in STRENGTHS},
 }
-PER_CLASS, DRAWS, BATCH = 10, 5, 64
+PER_CLASS, DRAWS, BATCH = 10, 5, 32
 COLUMNS = {
     "probe": "linear probe, %",
     "fine_tuned": "fine-tuned, %",
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--fashion_mnist_folder", default=DataOptions.fashion_mnist_folder)
     parser.add_argument("--train", default="fashion_mnist", help="what is pretrained on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/radreg"))
     options = parser.parse_args()
