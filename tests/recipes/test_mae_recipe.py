@@ -78,10 +78,11 @@ def test_end_to_end(tmp_path, capsys):
     assert evaluation["pretrained"] == results["evaluation"]["pretrained"]
 
 
+@pytest.mark.slow
 def test_fine_tuning(tmp_path):
     """All weights: the digits are told apart better than by chance after some passes."""
-    options = {"evaluation": "fine_tune", "fine_tune_epochs": 30, "examples_per_class": 20}
-    main(flags(tmp_path, **options, fine_tune_learning_rate=5e-3, max_steps=1))
+    options = {"evaluation": "fine_tune", "fine_tune_epochs": 10, "examples_per_class": 20}
+    main(flags(tmp_path, **options, fine_tune_learning_rate=1e-2, max_steps=1))
     evaluation = results_of(tmp_path)["evaluation"]
     assert all(found["top1"] > 0.3 for found in evaluation.values())  # chance .1 +- .016
     assert not list((tmp_path / "fine_tuned").glob("checkpoint-*"))

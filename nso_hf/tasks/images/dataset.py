@@ -80,13 +80,12 @@ class Images(Dataset[dict[str, Tensor]]):
 
 
 class Labelled(Dataset[dict[str, Any]]):
-    """Some of the images, with the numbers of their classes as `labels`."""
+    """Some of the images, with the numbers of their classes as `labels`; all of these: `targets`."""
 
     def __init__(self, images: Images, indices: Sequence[int], classes: Sequence[str]) -> None:
         number = {label: index for index, label in enumerate(classes)}
-        self.images, self.indices = images, indices
-        self.targets = torch.tensor([number[str(images.labels[index])] for index in indices])
-        """(n,)"""
+        numbers = [number[str(images.labels[index])] for index in indices]
+        self.images, self.indices, self.targets = images, indices, torch.tensor(numbers)
 
     def __len__(self) -> int:
         return len(self.indices)
