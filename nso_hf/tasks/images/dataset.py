@@ -80,7 +80,7 @@ class Images(Dataset[dict[str, Tensor]]):
 
 
 class Labelled(Dataset[dict[str, Any]]):
-    """Some of the images, with the numbers of their classes as `labels`; all of these: `targets`."""
+    """Some of the images, with the numbers of their classes as `labels`; `targets` has all (n,)."""
 
     def __init__(self, images: Images, indices: Sequence[int], classes: Sequence[str]) -> None:
         number = {label: index for index, label in enumerate(classes)}
