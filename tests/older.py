@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from nso_hf import NSOConfig, NSOSeq2SeqConfig
 from nso_hf.tasks.clip.arguments import CLIPConfig
+from nso_hf.tasks.images.arguments import MAEConfig
 
 NEW = {
     "train_sampling_strategy": None,
@@ -112,5 +113,6 @@ if "train_sampling_strategy" not in {f.name for f in dataclasses.fields(Training
         NSOConfig,
         NSOSeq2SeqConfig,
         CLIPConfig,
+        MAEConfig,
     ):
         _takes_new_options(arguments)

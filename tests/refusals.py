@@ -2,21 +2,24 @@
 docs/refusals.md."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import safetensors.torch
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin, DistributedType
+from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -888,12 +891,144 @@ CLIP: dict[str, Callable[[Path], object]] = {
     "folder of another run": clip_recipe(write={"out/results.json": "{}"}),
 }
 
+SMALL_MAE: dict[str, Any] = {
+    "image_size": 8,
+    "patch_size": 2,
+    "num_channels": 1,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "decoder_hidden_size": 8,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+}
+
+
+def folder_of_images(folder: Path, splits: dict[str, int]) -> None:
+    """So many images of each of two classes, in each split."""
+    for split, number in splits.items():
+        for name, level in {"dark": 0, "light": 255}.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for i in range(number):
+                Image.new("RGB", (10, 8 + i), (level,) * 3).save(place / f"{i}.png")
+
+
+def idx_files(folder: Path, number: int = 30) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Images and labels in the files of Debian's dataset-fashion-mnist."""
+    folder.mkdir(exist_ok=True)
+    arrays, labels = {}, {}
+    for split, prefix in {"train": "train", "test": "t10k"}.items():
+        rng = np.random.default_rng(number)
+        arrays[split] = rng.integers(0, 256, (number, 28, 28), np.uint8)
+        labels[split] = (np.arange(number) % 10).astype(np.uint8)
+        for kind, values in {"images-idx3": arrays[split], "labels-idx1": labels[split]}.items():
+            header = bytes([0, 0, 8, values.ndim])
+            header += b"".join(size.to_bytes(4, "big") for size in values.shape)
+            file = gzip.compress(header + values.tobytes())
+            (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(file)
+    return arrays, labels
+
+
+def mae_recipe(
+    *flags: str,
+    write: Callable[[Path], object] | None = None,
+    without: Collection[str] = (),
+) -> Callable[[Path], object]:
+    """The recipe of masked autoencoders on the digits, with other flags, and `without` some."""
+
+    def run(folder: Path) -> object:
+        from recipes.mae_pretraining import main
+
+        if write is not None:
+            write(folder)
+        base = {"train_data": "digits", "target_data": "digits", "max_steps": 1}
+        base |= {"output_dir": "{folder}/out", "use_cpu": "true", "report_to": "none"}
+        given = {n: v for n, v in {**base, **SMALL_MAE}.items() if n not in without}
+        words = [str(w) for n, v in given.items() for w in (f"--{n}", v)]
+        return main([word.replace("{folder}", str(folder)) for word in [*words, *flags]])
+
+    return run
+
+
+def with_images(splits: dict[str, int]) -> Callable[[Path], object]:
+    return lambda folder: folder_of_images(folder / "data", splits)
+
+
+def cut_short(folder: Path) -> None:
+    idx_files(folder / "data")
+    path = folder / "data" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def model_of_another_kind(folder: Path) -> None:
+    save_model("gpt2", folder / "model")
+
+
+MAE: dict[str, Callable[[Path], object]] = {
+    "negative strength": mae_recipe("--rademacher_strength", "-0.1"),
+    "no draws of signs": mae_recipe("--rademacher_draws", "0"),
+    "radius 0": mae_recipe("--rademacher_radius", "0"),
+    "image size no multiple of the patches'": mae_recipe("--image_size", "9"),
+    "width that positions and heads do not divide": mae_recipe("--hidden_size", "18"),
+    "decoder width that the heads do not divide": mae_recipe("--decoder_num_attention_heads", "3"),
+    "two channels": mae_recipe("--num_channels", "2"),
+    "no layers": mae_recipe("--num_hidden_layers", "0"),
+    "all patches masked": mae_recipe("--mask_ratio", "0.95"),
+    "no patch masked": mae_recipe("--mask_ratio", "0"),
+    "sizes of a model that has its own": mae_recipe("--model_name_or_path", "{folder}/model"),
+    "no such folder of images": mae_recipe("--train_data", "{folder}/none"),
+    "no Fashion-MNIST": mae_recipe(
+        "--train_data", "fashion_mnist", "--fashion_mnist_folder", "{folder}/none"
+    ),
+    "Fashion-MNIST cut short": mae_recipe(
+        *("--train_data", "fashion_mnist", "--fashion_mnist_folder", "{folder}/data"),
+        write=cut_short,
+    ),
+    "split that the digits have not": mae_recipe("--train_split", "validation"),
+    "folder without test images": mae_recipe(
+        "--target_data", "{folder}/data", write=with_images({"train": 2})
+    ),
+    "column that there is not": mae_recipe(
+        *("--target_data", "{folder}/data", "--label_column", "kind"),
+        write=with_images({"train": 2, "test": 1}),
+    ),
+    "more labelled images than there are": mae_recipe(
+        *("--target_data", "{folder}/data", "--examples_per_class", "3"),
+        write=with_images({"train": 2, "test": 1}),
+    ),
+    "no labelled images": mae_recipe("--examples_per_class", "0"),
+    "batch larger than the target": mae_recipe(
+        *("--target_data", "{folder}/data", "--rademacher_strength", "0.1"),
+        write=with_images({"train": 2, "test": 1}),
+    ),
+    "evaluation without the task": mae_recipe(without=["target_data"]),
+    "regularization without the task": mae_recipe(
+        *("--evaluation", "none", "--rademacher_strength", "0.1"), without=["target_data"]
+    ),
+    "reconstruction loss of nothing": mae_recipe("--eval_strategy", "epoch"),
+    "all images held out": mae_recipe("--validation_size", "1437"),
+    "model of another type": mae_recipe(
+        *("--model_name_or_path", "{folder}/model"),
+        write=model_of_another_kind,
+        without=SMALL_MAE,
+    ),
+    "fine-tuning of no passes": mae_recipe("--fine_tune_epochs", "0"),
+    "output of an earlier pretraining": mae_recipe(
+        write=lambda folder: (
+            (folder / "out").mkdir(),
+            (folder / "out" / "results.json").write_text("{}"),
+        )
+    ),
+}
+
 SECTIONS = {
     "Library": LIBRARY,
     "Companions": COMPANIONS,
     "Curvature": CURVATURE,
     "Chain-of-thought recipe": RECIPE,
     "CLIP recipe": CLIP,
+    "Recipe of masked autoencoders": MAE,
 }
 
 

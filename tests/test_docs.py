@@ -54,7 +54,8 @@ def _trains_as_documented(folder):
 
 def commands() -> list[str]:
     text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
-    return sorted(set(re.findall(r"recipes/(?:cot_finetuning|clip_pretraining)\.py [^`\n]*", text)))
+    scripts = r"recipes/(?:cot_finetuning|clip_pretraining|mae_pretraining)\.py [^`\n]*"
+    return sorted(set(re.findall(scripts, text)))
 
 
 @pytest.mark.parametrize("command", commands())

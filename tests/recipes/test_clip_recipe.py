@@ -13,9 +13,10 @@ from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 
 from nso_hf.tasks.clip.encoding import Encoded
-from nso_hf.tasks.clip.pairs import Fields, read_image
+from nso_hf.tasks.clip.pairs import Fields
 from nso_hf.tasks.clip.report import plot_retrieval
 from nso_hf.tasks.clip.table import Table
+from nso_hf.tasks.images.reading import read_image
 from recipes.clip_pretraining import OPTIONS, main
 from tests.distributed.launch import torchrun
 from tests.refusals import SMALL_CLIP
@@ -366,7 +367,8 @@ def test_shipped_configs_are_valid(name, tmp_path, monkeypatch):
 
 def test_the_embedded_emoji(tmp_path):
     """What `make demo-clip` trains on: no concept is in both splits."""
-    from nso_hf.tasks.clip.openmoji import _concept, openmoji_pairs
+    from nso_hf.tasks.clip.openmoji import openmoji_pairs
+    from nso_hf.tasks.images.openmoji import _concept
 
     train, test = openmoji_pairs("train"), openmoji_pairs("test")
     assert len(train) > 1500 and len(test) > 350

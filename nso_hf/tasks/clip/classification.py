@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from nso_hf.refusal import needs, refusal
 from nso_hf.tasks.clip.encoding import Encoded, evaluating, image_size
 from nso_hf.tasks.clip.models import ClipModel, is_coca, text_features
+from nso_hf.tasks.images.classification import Classification, classification
 
 needs("nso_hf.tasks.clip", "clip", "open_clip", "sklearn")
 
@@ -32,34 +32,6 @@ IMAGENET_NAMES: dict[str, str] = {str(i): name for i, name in enumerate(IMAGENET
 """Class, by its number in order of the WordNet ids, to the name that open_clip has for it."""
 
 _CHUNK = 1024  # images compared with all classes at a time
-
-
-@dataclass(frozen=True)
-class Classification:
-    """How well images are told apart by a name for each class."""
-
-    top1: float
-    top5: float | None
-    """None with five classes or fewer."""
-    mean_per_class: float
-    """Top-1 accuracy, averaged over classes."""
-    chance: float
-    majority: float
-    """What always naming the most frequent class gives."""
-    classes: int
-    images: int
-    stderr: float
-    """Binomial, of top1."""
-    per_class: dict[str, "OfClass"]
-    """Of each class with images."""
-
-
-@dataclass(frozen=True)
-class OfClass:
-    """How many images a class has, and how many of these are classified right."""
-
-    images: int
-    accuracy: float
 
 
 def class_names(
@@ -124,31 +96,7 @@ def zero_shot(
     if not weights.isfinite().all():
         ranked[:] = -1
     top5 = (ranked == target[:, None]).any(dim=1) if len(classes) > 5 else None
-    return _classification(ranked[:, 0], target, classes, top5), ranked[:, 0]
-
-
-def _classification(
-    predicted: Tensor, target: Tensor, classes: Sequence[str], top5: Tensor | None = None
-) -> Classification:
-    right = (predicted == target).double()
-    n, p = len(right), right.mean().item()
-    counts = torch.bincount(target, minlength=len(classes))
-    shares = torch.zeros(len(classes), dtype=torch.double).index_add(0, target, right) / counts
-    return Classification(
-        top1=p,
-        top5=None if top5 is None else top5.double().mean().item(),
-        mean_per_class=shares[counts > 0].mean().item(),
-        chance=1 / len(classes),
-        majority=counts.max().item() / n,
-        classes=len(classes),
-        images=n,
-        stderr=(p * (1 - p) / n) ** 0.5,
-        per_class={
-            label: OfClass(int(counts[index]), shares[index].item())
-            for index, label in enumerate(classes)
-            if counts[index]
-        },
-    )
+    return classification(ranked[:, 0], target, classes, top5), ranked[:, 0]
 
 
 class _Texts:
@@ -183,7 +131,7 @@ def linear_probe(encoded: Encoded, classes: Sequence[str], *, C: float = 0.316) 
     predicted = np.full(kept.sum(), -1)
     if np.isfinite(features).all():
         predicted = cross_val_predict(probe, features, target[kept], cv=folds)
-    return _classification(torch.from_numpy(predicted), torch.from_numpy(target[kept]), classes)
+    return classification(torch.from_numpy(predicted), torch.from_numpy(target[kept]), classes)
 
 
 def check_probe(labels: Sequence[str | None]) -> None:

@@ -5,13 +5,11 @@ import multiprocessing
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers.utils import logging
 
-from nso_hf.tasks.clip.images import rgb
 from nso_hf.tasks.clip.texts import NotText, text_of
 
 logger = logging.get_logger(__name__)
@@ -162,18 +160,3 @@ class Pairs(ABC):
     def labels(self) -> list[str | None]:
         """The classes of all, in their order."""
         return [pair.label for pair in self]
-
-
-def read_image(image: Any) -> Image.Image:
-    """The image in RGB, of bytes, a path, or a PIL image.
-
-    Raises:
-        Exception: whatever its decoder finds wrong with it.
-    """
-    if isinstance(image, Image.Image):
-        return rgb(image)
-    try:
-        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return rgb(opened)
-    except UnidentifiedImageError as error:
-        raise ValueError("in no format of images that Pillow knows") from error

@@ -9,8 +9,9 @@ from nso_hf.refusal import needs
 from nso_hf.running.figures import with_error
 from nso_hf.running.plots import plot_training
 from nso_hf.tasks.clip.encoding import Encoded
-from nso_hf.tasks.clip.pairs import Pairs, read_image
+from nso_hf.tasks.clip.pairs import Pairs
 from nso_hf.tasks.clip.retrieval import RECALLS, best_images
+from nso_hf.tasks.images.reading import read_image
 
 needs("nso_hf.tasks.clip.report", "clip", "rich")
 

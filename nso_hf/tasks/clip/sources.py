@@ -13,6 +13,7 @@ from nso_hf.tasks.clip.pairs import Fields, Pairs
 from nso_hf.tasks.clip.shards import Shards
 from nso_hf.tasks.clip.table import Table
 from nso_hf.tasks.clip.texts import NotText, text_of
+from nso_hf.tasks.images.stored import open_stored
 
 _ROWS_AT_A_TIME = 10_000
 _ONE_TEXT = "Write one row for each caption, or name another column"
@@ -63,14 +64,7 @@ def _open_table(
         separator = csv_separator if ".csv" in data.lower() else None
         found, fields = _text_rows(path, separator, fields)
         return Table(data, found, fields, path.parent)
-    try:
-        found = _dataset(path, data, split, config)
-    except Refusal:
-        raise
-    except Exception as error:  # of that library, the hub, the file system: of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        cure = "Check the path or id, the split and the network"
-        raise refusal("data", data, reason, cure) from error
+    found = open_stored(data, split, config)
     fields = _checked(data, fields, found.column_names)
     if isinstance(found.features[fields.image], datasets.Image):
         found = found.cast_column(fields.image, datasets.Image(decode=False))
@@ -143,31 +137,3 @@ def _text_rows(path: Path, separator: str | None, fields: Fields) -> tuple[Any, 
     found = datasets.Dataset.from_file(file)
     weakref.finalize(found, folder.cleanup)
     return found, fields
-
-
-def _dataset(path: Path, data: str, split: str, config: str | None) -> Any:
-    import datasets
-
-    if path.is_file():
-        next(rows(path))  # or it is refused, with its reason
-        return datasets.load_dataset("parquet", data_files=data, split="train")
-    if (path / "dataset_info.json").is_file():
-        return datasets.load_from_disk(data)
-    if (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(data)[split]
-    if path.is_dir() and any(path.rglob("*.parquet")):
-        return datasets.load_dataset(data, split=split)
-    if path.is_dir():
-        return _image_folder(path, split)
-    return datasets.load_dataset(data, config, split=split)
-
-
-def _image_folder(path: Path, split: str) -> Any:
-    """A folder of images with metadata.csv, or with a folder for each class, or with such folders
-    named after splits."""
-    import datasets
-
-    found = datasets.load_dataset("imagefolder", data_dir=str(path))
-    if split not in found and len(found) > 1:
-        raise refusal("split", split, f"not in {path}, which has {', '.join(found)}", "Name one")
-    return found[split] if split in found else next(iter(found.values()))

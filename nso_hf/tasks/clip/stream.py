@@ -14,7 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from nso_hf.refusal import Refusal, refusal
 from nso_hf.step.side_effects import random_state_kept
-from nso_hf.tasks.clip.pairs import Pair, Pairs, Share, read_image
+from nso_hf.tasks.clip.pairs import Pair, Pairs, Share
+from nso_hf.tasks.images.reading import read_image
 
 Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]

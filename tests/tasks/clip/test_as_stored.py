@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from nso_hf.tasks.clip.pairs import Fields, read_image
+from nso_hf.tasks.clip.pairs import Fields
 from nso_hf.tasks.clip.shards import Shards
 from nso_hf.tasks.clip.sources import open_pairs
 from nso_hf.tasks.clip.stream import usable
+from nso_hf.tasks.images.reading import read_image
 from tests.tasks.clip.test_pairs import png, write_shard
 
 

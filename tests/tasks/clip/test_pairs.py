@@ -18,11 +18,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from nso_hf.tasks.clip.pairs import Fields, read_image
+from nso_hf.tasks.clip.pairs import Fields
 from nso_hf.tasks.clip.shards import Shards
 from nso_hf.tasks.clip.sources import open_pairs
 from nso_hf.tasks.clip.stream import EvaluationStream, PairStream
 from nso_hf.tasks.clip.table import Table
+from nso_hf.tasks.images.reading import read_image
 from tests.tasks.clip.reference import tokenize
 
 

@@ -1,13 +1,29 @@
 """An image as it is seen: upright, opaque, in 8 bits a colour."""
 
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _UNSIGNED = 258, 339, 1  # of TIFF
 _WHITE = {8: 2**8 - 1, 16: 2**16 - 1, 32: 2**31 - 1}
+
+
+def read_image(image: Any) -> Image.Image:
+    """The image in RGB, of bytes, a path, or a PIL image.
+
+    Raises:
+        Exception: whatever its decoder finds wrong with it.
+    """
+    if isinstance(image, Image.Image):
+        return rgb(image)
+    try:
+        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return rgb(opened)
+    except UnidentifiedImageError as error:
+        raise ValueError("in no format of images that Pillow knows") from error
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,1 @@
+"""Images: reading them, telling them apart, and pretraining masked autoencoders on them."""

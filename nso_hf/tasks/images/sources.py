@@ -1,0 +1,105 @@
+"""Opening a collection of images by its name or path."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nso_hf.refusal import refusal
+from nso_hf.tasks.images.dataset import Images, Pixels
+from nso_hf.tasks.images.fashion_mnist import FOLDER, fashion_mnist
+from nso_hf.tasks.images.openmoji import openmoji_rows
+from nso_hf.tasks.images.stored import open_stored
+
+NAMED = ("digits", "fashion_mnist", "openmoji")
+SPLITS = ("train", "test")
+"""That these have."""
+_EVERY = 5  # image of the digits is a test image
+
+
+def open_images(
+    data: str,
+    split: str,
+    pixels: Pixels,
+    *,
+    image_column: str = "image",
+    label_column: str | None = None,
+    fashion_mnist_folder: str = FOLDER,
+) -> Images:
+    """The images of a split: of scikit-learn's "digits" (1,797 of 8 x 8 pixels), "fashion_mnist",
+    "openmoji", or of a folder or a data set that the `datasets` library opens.
+
+    Args:
+        label_column: what says the class, in the latter; None: they are not labelled.
+
+    Raises:
+        ValueError: they do not exist, cannot be read, or have no such split or column.
+    """
+    if data in NAMED:
+        if split not in SPLITS:
+            raise refusal("split", split, f"{data} has train and test", "Name one of them")
+        stored, labels = _named(data, split, pixels, fashion_mnist_folder)
+        return Images(f"{data}:{split}", stored, labels, pixels)
+    path = Path(data)
+    if not path.exists() and data.startswith((".", "/")):
+        raise refusal("data", data, "no such file or folder", "Check the path")
+    found = open_stored(data, split)
+    if found.split is not None and str(found.split) != split:
+        rule = f"{data} has {found.split} alone"
+        raise refusal("split", split, rule, f"Put images into {data}/{split}, or name another")
+    for option, name in (("image_column", image_column), ("label_column", label_column)):
+        if name is not None and name not in found.column_names:
+            rule = f"not in {data}, which has {', '.join(found.column_names)}"
+            raise refusal(option, name, rule, "Name one of them, or use a folder for each class")
+    labels = [None] * len(found) if label_column is None else _texts(found, label_column)
+    return Images(f"{data}:{split}", _Stored(found, image_column), labels, pixels)
+
+
+def _named(
+    data: str, split: str, pixels: Pixels, folder: str
+) -> tuple[Sequence[Any], Sequence[str | None]]:
+    if data == "openmoji":
+        rows: Any = openmoji_rows(split, pixels.image_size)
+        return [row["image"] for row in rows], [row["label"] for row in rows]
+    if data == "fashion_mnist":
+        arrays, labels = fashion_mnist(split, folder)
+    else:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        is_test = np.arange(len(digits.target)) % _EVERY == 0
+        rows = np.flatnonzero(is_test == (split == "test"))
+        arrays = (digits.images[rows] * 255 / 16).round().astype(np.uint8)
+        labels = [str(label) for label in digits.target[rows]]
+    return [Image.fromarray(array) for array in arrays], labels
+
+
+def _texts(found: Any, column: str) -> list[str | None]:
+    import datasets
+
+    feature, values = found.features[column], list(found[column])
+    if isinstance(feature, datasets.ClassLabel):
+        return [None if v is None or v < 0 else feature.names[v] for v in values]
+    return [None if value is None else str(value) for value in values]
+
+
+class _Stored(Sequence[Any]):
+    """The images of a data set, encoded as they are stored."""
+
+    def __init__(self, found: Any, column: str) -> None:
+        import datasets
+
+        if isinstance(found.features[column], datasets.Image):
+            found = found.cast_column(column, datasets.Image(decode=False))
+        self._found, self._column = found, column
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, index: Any) -> Any:
+        image = self._found[index][self._column]
+        if isinstance(image, Mapping):
+            return image["bytes"] if image.get("bytes") is not None else image["path"]
+        return image
