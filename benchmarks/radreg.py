@@ -20,12 +20,14 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import set_seed
 
-from benchmarks.label_noise import mean, table
+from benchmarks.label_noise import mean
+from nso_hf.running.figures import with_error
 from nso_hf.tasks.images.arguments import MAEConfig
 from nso_hf.tasks.images.classification import linear_probe
 from nso_hf.tasks.images.dataset import WithTargetImages
@@ -58,13 +60,12 @@ COLUMNS = {
     "probe": "linear probe, %",
     "fine_tuned": "fine-tuned, %",
     "loss": "training loss, last",
-    "complexity": "complexity",
+    "complexity": "complexity, last",
     "norm": "norm of h",
-    "seconds": "seconds",
 }
 
 
-def run(way: str, seed: int, steps: int, data: DataOptions) -> dict[str, float]:
+def run(way: str, seed: int, steps: int, data: DataOptions) -> dict[str, Any]:
     """One pretraining and its measures."""
     options = dict(WAYS[way])
     factor = options.pop("steps", 1)
@@ -116,14 +117,35 @@ def run(way: str, seed: int, steps: int, data: DataOptions) -> dict[str, float]:
         "probe": sum(accuracies) / DRAWS,
         "probes": accuracies,
         "fine_tuned": 100 * tuned.top1,
-        "loss": losses[-1] if losses else float("nan"),
-        "complexity": complexities[-1] if complexities else float("nan"),
+        "loss": losses[-1] if losses else None,
+        "complexity": complexities[-1] if complexities else None,
         "norm": on_test.norm(dim=1).mean().item(),
         "seconds": seconds,
     }
 
 
-def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Means and standard errors over seeds; in brackets, of the differences to plain pretraining of
+    the same seeds."""
+    lines = ["| pretraining | " + " | ".join(COLUMNS.values()) + " |"]
+    lines.append("|---|" + "---|" * len(COLUMNS))
+    for way, runs in results.items():
+        cells = []
+        for name in COLUMNS:
+            if runs[0][name] is None:
+                cells.append("")
+                continue
+            cell = with_error(*mean([run[name] for run in runs]))
+            if name in ("probe", "fine_tuned") and way != "plain" and "plain" in results:
+                pairs = zip(runs, results["plain"], strict=True)
+                value, stderr = mean([run[name] - plain[name] for run, plain in pairs])
+                cell += f" ({'+' if value > 0 else ''}{with_error(value, stderr)})"
+            cells.append(cell)
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -163,7 +185,7 @@ def main() -> None:
     )
     options.output.mkdir(parents=True, exist_ok=True)
     setting = f"{options.train}-{options.steps}"
-    results: dict[str, list[dict[str, float]]] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for way in options.ways:
             name = way.replace(", ", "-").replace(" ", "_")
@@ -174,10 +196,10 @@ def main() -> None:
                 about |= {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
                 about |= {"transformers": transformers.__version__}
                 file.write_text(json.dumps(about | found, indent=1) + "\n")
-                shown = {key: round(found[key], 3) for key in COLUMNS}
+                shown = {key: round(found[key], 3) for key in COLUMNS if found[key] is not None}
                 print(f"seed {seed}, {way}: {shown}", flush=True)
             results.setdefault(way, []).append(json.loads(file.read_text()))
-    print(table(results, COLUMNS))
+    print(table(results))
     plot(results, options.output / f"{setting}.png")
 
 
