@@ -23,7 +23,7 @@ from nso_hf.step.companion import Companion, companions_among
 from nso_hf.step.direction import Direction
 from nso_hf.step.edits import edits_refused
 from nso_hf.step.generation import check_generates_nothing, generation_refused
-from nso_hf.step.kept import Keeps, load, save
+from nso_hf.step.kept import Keeps, load, load_renamed, save
 from nso_hf.step.measurements import NORM, Measurements, norm_of
 from nso_hf.step.perturbation import borrowed
 from nso_hf.step.rates import check_can_be_slow, slow_down
@@ -96,6 +96,7 @@ class NSOTrainerMixin(_Base):
         self._nso_point: Point | None = None  # where the weights are, within a training step
         self._nso_inputs: Any = None  # of this evaluation, prepared
         self._nso_states = States()
+        self._nso_loads_from = ""
         self._nso_is_awaited = False  # there is a batch, and no training step of it yet
         self._nso_is_first = True  # step of a training, or after an evaluation
         check_generates_nothing(type(self))
@@ -171,6 +172,21 @@ class NSOTrainerMixin(_Base):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load(self._nso_kept(), checkpoint, self.nso_backend.part)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._nso_loads_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._nso_loads_from = str(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.missing_keys and load_result.unexpected_keys:
+            model = self.accelerator.unwrap_model(self.model)
+            load_renamed(model, self._nso_loads_from, load_result.missing_keys)
+        else:
+            super()._issue_warnings_after_load(load_result)
 
     def _nso_kept(self) -> dict[str, Keeps]:
         """What has a state that checkpoints hold, by name."""

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,15 +47,6 @@ class ViTMAEForPreTraining(transformers.ViTMAEForPreTraining):
         if target_pixel_values is not None:
             h = representations(self.vit, target_pixel_values)
         return PretrainingOutput(**outputs, representations=h)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # Files have the names of transformers 4, which `from_pretrained` translates; the Trainer,
-        # to 5.24, does not, and would go on from a checkpoint without most of its weights.
-        if state_dict.keys() - self.state_dict().keys():
-            written = dict(state_dict)
-            loaded = type(self).from_pretrained(None, config=self.config, state_dict=written)
-            state_dict = loaded.state_dict()
-        return super().load_state_dict(state_dict, *args, **kwargs)
 
 
 def representations(encoder: ViTMAEModel, pixel_values: Tensor) -> Tensor:
