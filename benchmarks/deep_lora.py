@@ -205,8 +205,11 @@ def plot(cells: dict[tuple[int, str, int], list[dict[str, Any]]], path: Path) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(TEXTS), figsize=(9, 3.6), layout="constrained")
-    for axis, texts in zip(axes, TEXTS, strict=True):
+    sizes = sorted({texts for texts, *_ in cells})
+    figure, axes = plt.subplots(
+        1, len(sizes), figsize=(4.5 * len(sizes), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, texts in zip(axes[0], sizes, strict=True):
         for form, colour in FORMS.items():
             ranks = [rank for rank in RANKS if (texts, form, rank) in cells]
             points = [with_error(cells[texts, form, rank], "test_accuracy") for rank in ranks]
@@ -217,7 +220,8 @@ def plot(cells: dict[tuple[int, str, int], list[dict[str, Any]]], path: Path) ->
         axis.set_xticks(RANKS, labels=[str(rank) for rank in RANKS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -226,13 +230,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--texts", type=int, nargs="+", default=list(TEXTS))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/deep_lora"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
     # Those with few texts first, so that a part of the table is there early.
     seeds = range(options.seeds)
-    for texts, seed, rank, rate, form in itertools.product(TEXTS, seeds, RANKS, RATES, FORMS):
+    for texts, seed, rank, rate, form in itertools.product(
+        options.texts, seeds, RANKS, RATES, FORMS
+    ):
         way = "_".join(form.lower().replace(",", "").split())
         name = f"{way}-r{rank}-{texts}-{rate:g}-{seed}"
         file = options.output / f"{name}.json"
