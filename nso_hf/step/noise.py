@@ -96,7 +96,8 @@ class Noise:
                 parts.append(counter.Part(flat, weight.start, weight.index, *factors))
             else:
                 blocks += [(flat, weight, block) for block in _blocks_of(weight)]
-        counter.add(parts, self.seed, self.step, self.draw, self.std, self.distribution)
+        if parts:
+            counter.add(parts, self.seed, self.step, self.draw, self.std, self.distribution)
         on_cpu = all(flat.device.type == "cpu" for flat, *_ in blocks)
         # Random signs are drawn in less time than threads take to hand over the interpreter.
         in_parallel = on_cpu and self.distribution != "rademacher"

@@ -2,6 +2,8 @@
 
 import hashlib
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,6 +115,18 @@ def test_global_random_state_is_untouched():
     before = torch.get_rng_state()
     Noise(0, 0, 0, 1.0).add_to([weight(3 * BLOCK)])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@in_blocks
+def test_blocks_need_no_triton():
+    script = (
+        "import sys; sys.modules['triton'] = None; import torch\n"
+        "from nso_hf.backends import Weight; from nso_hf.step.noise import Noise\n"
+        "data = torch.zeros(9)\n"
+        "weight = Weight('w', 0, torch.nn.Parameter(data), data, 0, data.shape)\n"
+        "Noise(0, 0, 0, 1.0).add_to([weight]); assert data.std() > 0.1"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @in_blocks
