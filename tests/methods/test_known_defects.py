@@ -16,11 +16,12 @@ from transformers import Trainer, TrainerCallback
 
 from nso_hf.methods import METHODS
 from tests.distributed.back_ends import lora
-from tests.methods.test_methods import NEIGHBOURS, optimizer_arguments, options
+from tests.methods.equations import BY_OPTIONS
+from tests.methods.test_methods import optimizer_arguments, options
 from tests.reference import config, largest_difference, tiny_llama, token_data, train
 from tests.test_with_the_trainer import Normalised, regression
 
-EVERY = ["nso", *NEIGHBOURS]
+EVERY = ["nso", "flat_lora", *BY_OPTIONS]
 
 
 def model_for(name):
