@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -17,6 +18,12 @@ from nso_hf.backends.base import Backend, Weight
 from nso_hf.backends.errors import not_prepared
 
 ZERO_3 = 3
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a whole weight, also of one that was partitioned when its model was loaded."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 class DeepSpeed(Backend):

@@ -1,7 +1,7 @@
 """Layers that LoRA adapts, as peft holds them: W0 + s B A."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -68,6 +68,10 @@ def adapted_layers(model: nn.Module, weights: Sequence[Weight]) -> list[AdaptedL
     if lora is None:
         return []
     by_parameter = {id(weight.parameter): weight for weight in weights}
+
+    def held(parameters: Iterable[nn.Parameter]) -> list[Weight]:
+        return [by_parameter[id(parameter)] for parameter in parameters]
+
     layers = []
     for name, module in model.named_modules():
         if not isinstance(module, lora.LoraLayer):
@@ -87,7 +91,7 @@ def adapted_layers(model: nn.Module, weights: Sequence[Weight]) -> list[AdaptedL
         adapters = [
             (
                 by_parameter[id(module.lora_A[each].weight)],
-                [by_parameter[id(p)] for p in module.lora_B[each].parameters() if p.ndim == 2],
+                [B for B in held(module.lora_B[each].parameters()) if len(B.shape) == 2],
                 float(module.scaling[each]),
             )
             for each in active

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from nso_hf.backends import select
+from nso_hf.backends import select, shape_of
 from nso_hf.refusal import refusal
 from nso_hf.step.side_effects import Buffers, random_state_kept
 from nso_hf.tasks.clip.arguments import CLIPConfig
@@ -230,7 +230,7 @@ class CLIPTrainer(NSOTrainer):
         return [
             name
             for name, parameter in model.named_parameters()
-            if parameter.ndim >= 2 and not _WITHOUT_DECAY.search(name)
+            if len(shape_of(parameter)) >= 2 and not _WITHOUT_DECAY.search(name)
         ]
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:

@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from nso_hf.backends import shape_of
 from nso_hf.deep_lora import deepen
 from nso_hf.refusal import check_choice, refusal
 
@@ -202,7 +203,7 @@ def with_lora(
         name
         for name, p in adapted.named_parameters()
         # All experts of a layer in one weight: peft adapts those of some models.
-        if p.ndim == 3
+        if len(shape_of(p)) == 3
         and "expert" in name
         and not any(t.startswith(_experts_of(name)) for t in trained)
     ]
