@@ -11,20 +11,19 @@ after training, by zero-shot classification and a linear probe. The output folde
 open_clip loads. Everything of `TrainingArguments` is an option too.
 """
 
-import json
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from transformers import IntervalStrategy, set_seed
 
-from nso_hf import NSOArguments
+from nso_hf.companions.options import CompanionOptions
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
 from nso_hf.refusal import Refusal, needs, refusal
 from nso_hf.running.checkpoints import checkpoint_to_resume, resumable
@@ -32,6 +31,7 @@ from nso_hf.running.command_line import RecipeParser
 from nso_hf.running.program import run
 from nso_hf.running.readiness import check_ready
 from nso_hf.running.recorded_options import RecordedOptions, fingerprint
+from nso_hf.running.results import Results, trained
 from nso_hf.tasks.clip.arguments import CLIPConfig
 from nso_hf.tasks.clip.options import DataOptions, EvaluationOptions, ModelOptions
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from nso_hf.tasks.clip.trainer import CLIPTrainer
 
 CONFIGS = Path(__file__).with_name("configs")
-OPTIONS = [ModelOptions, DataOptions, EvaluationOptions, CLIPConfig]
+OPTIONS = [ModelOptions, DataOptions, EvaluationOptions, CompanionOptions, CLIPConfig]
 PACKAGES = ("open_clip", "webdataset", "datasets", "sklearn", "matplotlib", "rich")
 
 
@@ -201,7 +201,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def pretrain(
-    model_options: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, args: CLIPConfig
+    model_options: ModelOptions,
+    data: DataOptions,
+    evaluation: EvaluationOptions,
+    companions: CompanionOptions,
+    args: CLIPConfig,
 ) -> None:
     """From data to results, for options that were read without these packages."""
     from nso_hf.tasks.clip.report import report
@@ -210,9 +214,18 @@ def pretrain(
     from nso_hf.tasks.clip.trainer import CLIPTrainer
 
     check_ready(args, ["loss", *METRICS])
+    companions.check(args)
     checkpoint = checkpoint_to_resume(args)
-    recorded = RecordedOptions(args, model_options, data, evaluation, checkpoint=checkpoint)
-    started = time.monotonic()
+    groups = (model_options, data, evaluation, companions)
+    recorded = RecordedOptions(args, *groups, checkpoint=checkpoint)
+    results = Results(
+        args,
+        recorded,
+        model_options=model_options,
+        data_options=data,
+        evaluation_options=evaluation,
+        companion_options=companions,
+    )
     set_seed(args.seed)
     if args.eval_strategy != "no" and data.eval_data is None:
         value = IntervalStrategy(args.eval_strategy).value
@@ -238,9 +251,8 @@ def pretrain(
         processes=args.world_size,
     )
     trainer = CLIPTrainer(clip, args, train_dataset=stream, eval_dataset=held_out)
-    backend = trainer.nso_backend.name
-    recorded.check("backend", backend, "back end", backend)
-    trainer.add_callback(recorded)
+    for callback in companions.callbacks():
+        trainer.add_callback(callback)
     is_first, output = trainer.is_world_process_zero(), Path(str(args.output_dir))
     if is_first:
         parameters = sum(p.numel() for p in clip.model.parameters())
@@ -251,46 +263,20 @@ def pretrain(
             f"{len(held_out) if held_out else 0} held-out pairs, {len(collections.names)} classes",
             flush=True,
         )
-    results: dict[str, Any] = {
-        "training_pairs": len(train),
-        "model_options": asdict(model_options),
-        "data_options": asdict(data),
-        "evaluation_options": asdict(evaluation),
-        "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},
-        "options": recorded.history,
-    }
-
-    def write() -> None:  # after each measurement, since the next one can fail
-        results["total_seconds"] = round(time.monotonic() - started, 1)
-        if is_first:
-            text = json.dumps(results, indent=2) + "\n"
-            (output / "results.json").write_text(text, encoding="utf-8")
-
     encoded: Encoded | None = None
-    train_started = time.monotonic()
     with resumable(args, lambda: trainer.state):
-        trainer.train(resume_from_checkpoint=checkpoint)
-        results |= {
-            "train_seconds": round(time.monotonic() - train_started, 1),
-            "steps": trainer.state.global_step,
-            "backend": backend,
-            "processes": trainer.nso_backend.num_processes,
-            "log": trainer.state.log_history,
-        }
+        results.add(**trained(trainer, recorded, checkpoint), training_pairs=len(train))
         trainer.save_model()
-        write()
         if held_out is not None:
             encoded = trainer.encode(held_out)
-            results |= found_among(trainer, encoded)
-            write()
+            results.add(**found_among(trainer, encoded))
         for figures in measured(trainer, collections, evaluation):
-            results |= figures
-            write()
+            results.add(**figures)
     counts = gather_object([{n: p.skipped.counts for n, p in collections.by_name.items()}])
-    results["skipped"] = {
+    skipped = {
         name: dict(sum((Counter(count[name]) for count in counts), Counter())) for name in counts[0]
     }
-    write()
+    results.add(skipped=skipped)
     if is_first:
         report(results, output, encoded, held_out)
 

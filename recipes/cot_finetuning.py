@@ -22,23 +22,25 @@ import torch
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from nso_hf import NSOArguments, NSOConfig
+from nso_hf.companions.options import CompanionOptions
 from nso_hf.refusal import needs, refusal
 from nso_hf.running.checkpoints import checkpoint_to_resume, last_complete_checkpoint, resumable
 from nso_hf.running.command_line import RecipeParser
 from nso_hf.running.program import run
 from nso_hf.running.readiness import check_ready
 from nso_hf.running.recorded_options import RecordedOptions, fingerprint
+from nso_hf.running.results import trained, versions
 from nso_hf.tasks.reasoning.evaluation import METRICS, Evaluation, evaluate_answers
 from nso_hf.tasks.reasoning.examples import Example
 from nso_hf.tasks.reasoning.models import ModelOptions, check_lengths, load_model, with_lora
-from nso_hf.tasks.reasoning.options import CurvatureOptions, DataOptions, Splits
+from nso_hf.tasks.reasoning.options import DataOptions, MeasurementOptions, Splits
 from nso_hf.tasks.reasoning.prompts import PromptFormat, training_rows
 from nso_hf.tasks.reasoning.report import PACKAGES, report
 from nso_hf.tasks.reasoning.trainer import AtTheBeginning, ReasoningTrainer
 
 Rows = list[dict[str, Any]]
 CONFIGS = Path(__file__).with_name("configs")
-OPTIONS = [ModelOptions, DataOptions, CurvatureOptions, NSOConfig]
+OPTIONS = [ModelOptions, DataOptions, MeasurementOptions, CompanionOptions, NSOConfig]
 
 
 def plainly(args: NSOConfig) -> NSOConfig:
@@ -55,19 +57,20 @@ def plainly(args: NSOConfig) -> NSOConfig:
 
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0], configs=CONFIGS)
-    model_options, data, curvature, args = parser.parse(argv)
+    model_options, data, curvature, companions, args = parser.parse(argv)
     needs("cot_finetuning.py", "recipes", *PACKAGES)
     check_ready(args, ["loss", *METRICS])
+    companions.check(args)
     if curvature.compare_plain and args.sigma == 0:
         cure = "Raise --sigma, or leave it out"
         raise refusal("compare_plain", True, "at sigma 0 both would be plain training", cure)
-    results = fine_tune(model_options, data, curvature, args, args)
+    results = fine_tune(model_options, data, curvature, companions, args, args)
     if curvature.compare_plain:
         gc.collect()  # the first model, before the second is loaded
         if args.process_index == 0:
             print("Plain training, for comparison, from the same start.", flush=True)
         once = replace(data, evaluate_before=False), replace(curvature, curvature_steps=None)
-        results["plain"] = fine_tune(model_options, *once, plainly(args), args)
+        results["plain"] = fine_tune(model_options, *once, companions, plainly(args), args)
     if args.process_index == 0:
         report(results, Path(str(args.output_dir)))
 
@@ -112,7 +115,8 @@ def prepared(
 def fine_tune(
     model_options: ModelOptions,
     data: DataOptions,
-    curvature: CurvatureOptions,
+    curvature: MeasurementOptions,
+    companions: CompanionOptions,
     args: NSOConfig,
     asked: NSOConfig,
 ) -> dict[str, Any]:
@@ -121,7 +125,8 @@ def fine_tune(
     `asked` are the training options of the command, which `args` are made from.
     """
     checkpoint = checkpoint_to_resume(args)
-    recorded = RecordedOptions(args, model_options, data, curvature, checkpoint=checkpoint)
+    groups = (model_options, data, curvature, companions)
+    recorded = RecordedOptions(args, *groups, checkpoint=checkpoint)
     started = time.monotonic()
     set_seed(args.seed)
     with args.main_process_first():
@@ -139,6 +144,7 @@ def fine_tune(
         eval_dataset=validation_rows,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=-100),
+        callbacks=companions.callbacks(),
     )
 
     def answer(examples: list[Example], description: str) -> Evaluation:
@@ -172,43 +178,30 @@ def fine_tune(
             before_file.write_text(json.dumps(before, indent=2))
         answering_seconds = time.monotonic() - began
 
-    name = trainer.nso_backend.name
-    recorded.check("backend", name, "back end", name)
-    trainer.add_callback(recorded)
     if data.evaluate_before and not checkpoint:
         trainer.add_callback(AtTheBeginning(answer_before))
-    if curvature.curvature:
-        trainer.add_callback(curvature.callback(trainer, rows))
-    train_started = time.monotonic()
     with resumable(asked, lambda: trainer.state):
-        trainer.train(resume_from_checkpoint=checkpoint)
-        train_seconds = time.monotonic() - train_started - answering_seconds
+        figures = trained(trainer, recorded, checkpoint, curvature.callback(trainer, rows))
+        figures["train_seconds"] = round(figures["train_seconds"] - answering_seconds, 2)
         trainer.save_model()
         answers = answer(splits.test, "Test, after training")
-    measured = [entry for entry in trainer.state.log_history if "curvature/trace" in entry]
-    train_seconds -= sum(entry["curvature/seconds"] for entry in measured)
     after = answers.summary()
     if trainer.is_world_process_zero():
         answers.write(output / "predictions.jsonl")
     return {
+        **figures,
         "before": before,
         "after": after,
-        "steps": trainer.state.global_step,
-        "curvature": measured[-1] if measured else None,
-        "best_checkpoint": trainer.state.best_model_checkpoint,
-        "best_validation_metric": trainer.state.best_metric,
-        "train_seconds": round(train_seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
         "texts": len(rows),
         "texts_too_long": too_long,
-        "backend": trainer.nso_backend.name,
-        "processes": trainer.nso_backend.num_processes,
         "model_options": asdict(model_options),
         "data_options": asdict(data),
         "curvature_options": asdict(curvature),
+        "companion_options": asdict(companions),
         "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},
         "options": recorded.history,
-        "log": trainer.state.log_history,
+        "versions": versions(),
     }
 
 

@@ -11,22 +11,21 @@ linear probe or by fine-tuning, beside the encoder that training began with. The
 one that transformers loads. Everything of `TrainingArguments` is an option too.
 """
 
-import json
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import IntervalStrategy, set_seed
 
-from nso_hf import NSOArguments
+from nso_hf.companions.options import CompanionOptions
 from nso_hf.refusal import needs, refusal
 from nso_hf.running.checkpoints import checkpoint_to_resume, resumable
 from nso_hf.running.command_line import RecipeParser
 from nso_hf.running.program import run
 from nso_hf.running.readiness import check_ready
 from nso_hf.running.recorded_options import RecordedOptions, fingerprint
+from nso_hf.running.results import Results, trained
 from nso_hf.tasks.images.arguments import MAEConfig
 from nso_hf.tasks.images.options import DataOptions, EvaluationOptions, ModelOptions
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from nso_hf.tasks.images.trainer import MAETrainer
 
 CONFIGS = Path(__file__).with_name("configs")
-OPTIONS = [ModelOptions, DataOptions, EvaluationOptions, MAEConfig]
+OPTIONS = [ModelOptions, DataOptions, EvaluationOptions, CompanionOptions, MAEConfig]
 PACKAGES = ("datasets", "sklearn", "matplotlib", "rich")
 
 
@@ -163,7 +162,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def pretrain(
-    model_options: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, args: MAEConfig
+    model_options: ModelOptions,
+    data: DataOptions,
+    evaluation: EvaluationOptions,
+    companions: CompanionOptions,
+    args: MAEConfig,
 ) -> None:
     """From data to results, for options that were read without these packages."""
     from nso_hf.tasks.images.models import load_autoencoder, write_preprocessor
@@ -171,16 +174,24 @@ def pretrain(
 
     check_ready(args, ["loss"])
     check_together(data, evaluation, args)
+    companions.check(args)
     checkpoint = checkpoint_to_resume(args)
-    recorded = RecordedOptions(args, model_options, data, evaluation, checkpoint=checkpoint)
-    started = time.monotonic()
+    groups = (model_options, data, evaluation, companions)
+    recorded = RecordedOptions(args, *groups, checkpoint=checkpoint)
+    results = Results(
+        args,
+        recorded,
+        model_options=model_options,
+        data_options=data,
+        evaluation_options=evaluation,
+        companion_options=companions,
+    )
     model, pixels = load_model(model_options, args.seed, recorded)
     with args.main_process_first():
         collections = open_collections(data, evaluation, pixels, recorded, args.seed)
     trainer = make_trainer(model, collections, data, args)
-    backend = trainer.nso_backend.name
-    recorded.check("backend", backend, "back end", backend)
-    trainer.add_callback(recorded)
+    for callback in companions.callbacks():
+        trainer.add_callback(callback)
     is_first, output = trainer.is_world_process_zero(), Path(str(args.output_dir))
     trained_on = len(collections.train) - data.validation_size
     size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -193,44 +204,22 @@ def pretrain(
             f"{len(collections.classes)} classes",
             flush=True,
         )
-    results: dict[str, Any] = {
-        "training_images": trained_on,
-        "labelled_images": len(collections.labelled) if collections.labelled else 0,
-        "classes": collections.classes,
-        "model_options": asdict(model_options),
-        "data_options": asdict(data),
-        "evaluation_options": asdict(evaluation),
-        "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},
-        "options": recorded.history,
-        "evaluation": {},
-    }
-
-    def write() -> None:  # after each measurement, since the next one can fail
-        results["total_seconds"] = round(time.monotonic() - started, 1)
-        if is_first:
-            text = json.dumps(results, indent=2) + "\n"
-            (output / "results.json").write_text(text, encoding="utf-8")
-
-    train_started = time.monotonic()
     with resumable(args, lambda: trainer.state):
-        trainer.train(resume_from_checkpoint=checkpoint)
-        results |= {
-            "train_seconds": round(time.monotonic() - train_started, 1),
-            "steps": trainer.state.global_step,
-            "backend": backend,
-            "processes": trainer.nso_backend.num_processes,
-            "log": trainer.state.log_history,
-        }
+        results.add(
+            training_images=trained_on,
+            labelled_images=len(collections.labelled) if collections.labelled else 0,
+            classes=collections.classes,
+            evaluation={},
+            **trained(trainer, recorded, checkpoint),
+        )
         trainer.save_model()
         if is_first:
             write_preprocessor(output, pixels.image_size, list(pixels.mean), list(pixels.std))
-        write()
         trainer.accelerator.wait_for_everyone()  # the model has been written
         if evaluation.evaluation != "none":
             for name, found in judged(collections, evaluation, model_options, args):
                 results["evaluation"][name] = found
-                write()
-    write()
+                results.add()
     if is_first:
         report(results, output, load_autoencoder(str(output)), collections.train)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nso_hf.curvature import CurvatureCallback
+from nso_hf.curvature.options import CurvatureOptions
 from nso_hf.refusal import refusal
 from nso_hf.running.tables import is_table
 from nso_hf.tasks.reasoning.examples import (
@@ -17,7 +17,6 @@ from nso_hf.tasks.reasoning.examples import (
     without_questions_of,
 )
 from nso_hf.tasks.reasoning.generated import generate_examples
-from nso_hf.trainer import NSOTrainer
 
 
 class Splits(NamedTuple):
@@ -232,35 +231,9 @@ class DataOptions:
 
 
 @dataclass
-class CurvatureOptions:
-    _argument_group_name = "curvature"
-    _may_change = (
-        "curvature",
-        "curvature_examples",
-        "curvature_samples",
-        "curvature_steps",
-        "compare_plain",
-    )
+class MeasurementOptions(CurvatureOptions):
+    _may_change = (*CurvatureOptions._may_change, "compare_plain")
 
-    curvature: bool = field(
-        default=False,
-        metadata={
-            "help": "Measure the trace and the largest eigenvalue of the Hessian of the training "
-            "loss, by the trained weights, after training; log them as curvature/*."
-        },
-    )
-    curvature_examples: int = field(
-        default=16,
-        metadata={"help": "Training texts it is measured on, in batches as in training."},
-    )
-    curvature_samples: int = field(
-        default=20,
-        metadata={"help": "Products with the Hessian for the trace; more make its error smaller."},
-    )
-    curvature_steps: int | None = field(
-        default=None,
-        metadata={"help": "Measure it before training too, and after each so many steps."},
-    )
     compare_plain: bool = field(
         default=False,
         metadata={
@@ -268,26 +241,3 @@ class CurvatureOptions:
             "steps, in OUTPUT_DIR/plain, and show both."
         },
     )
-
-    def __post_init__(self) -> None:
-        for option in ("curvature_examples", "curvature_samples", "curvature_steps"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise refusal(option, value, "must be at least 1", "Give a positive number")
-
-    def callback(self, trainer: NSOTrainer, rows: list[dict[str, list[int]]]) -> CurvatureCallback:
-        """What measures it on the first of these rows."""
-        size = trainer.args.per_device_train_batch_size
-        starts = range(0, min(self.curvature_examples, len(rows)), size)
-        batches = [
-            dict(trainer.data_collator(rows[start : min(start + size, self.curvature_examples)]))
-            for start in starts
-        ]
-        return CurvatureCallback(
-            trainer,
-            batches,
-            at_start=self.curvature_steps is not None,
-            every_steps=self.curvature_steps,
-            num_samples=self.curvature_samples,
-            tolerance=1e-2,
-        )
