@@ -24,7 +24,7 @@ BESIDE = {
     "running": {"refusal", "backends", "arguments"},
     "companions": set(ENGINE),
     "curvature": {"refusal", "backends", "step", "running"},
-    "robustness": {"refusal"},
+    "robustness": {"refusal", "curvature", "running"},
     "deep_lora": {"refusal"},
     "tasks": {*ENGINE, "running", "curvature", "deep_lora"},
 }

@@ -102,7 +102,7 @@ def check(options: argparse.Namespace) -> None:
     if options.num_batches is not None:
         check_count("num_batches", options.num_batches)
     for checkpoint in options.checkpoints:
-        check_checkpoint(checkpoint)
+        check_checkpoint(checkpoint, options.gguf_file)
     for name in ("slice_points", "plane_points", "spectrum_steps"):
         check_count(name, getattr(options, name), low=0)
     for name in ("slice_points", "plane_points"):

@@ -25,7 +25,7 @@ _SAVED_TWICE = re.compile(r"modules_to_save\.|original_module\.|^prompt_embeddin
 """Names of what PEFT saves under another name too, or loads by itself."""
 
 
-def check_checkpoint(path: str) -> None:
+def check_checkpoint(path: str, gguf_file: str | None = None) -> None:
     """
     Raises:
         ValueError: what looks like a folder is none, or not of a model.
@@ -33,15 +33,17 @@ def check_checkpoint(path: str) -> None:
     folder = Path(path)
     if path.startswith((".", "/")) and not folder.is_dir():
         raise refusal("checkpoint", path, "no such folder", "Check the path")
-    names = ("config.json", "adapter_config.json")
+    names = ["config.json", "adapter_config.json", *filter(None, [gguf_file])]
     if folder.is_dir() and not any((folder / name).is_file() for name in names):
-        rule = f"the folder has no {' or '.join(names)}"
-        raise refusal("checkpoint", path, rule, "Give the folder that save_pretrained wrote")
+        rule, cure = f"the folder has no {' or '.join(names)}", "Give the one of save_pretrained"
+        if there := sorted(file.name for file in folder.glob("*.gguf")):
+            cure = f"Pass --gguf_file {there[0]}"
+        raise refusal("checkpoint", path, rule, cure)
 
 
 def load_checkpoint(path: str, gguf_file: str | None = None) -> PreTrainedModel:
     """The model of a checkpoint in float32, its adapters trainable where it has them."""
-    check_checkpoint(path)
+    check_checkpoint(path, gguf_file)
     options = {"gguf_file": gguf_file} if gguf_file else {}
     if (Path(path) / "adapter_config.json").is_file():
         return _with_adapter(path, options)
@@ -55,6 +57,8 @@ def _own_class(path: str, options: Mapping[str, Any]) -> Any:
         raise _unreadable(path, error) from error
     kinds = getattr(config, "architectures", None) or []
     found = [getattr(transformers, kind) for kind in kinds if hasattr(transformers, kind)]
+    if not found and options:  # a GGUF file, which holds language models
+        return transformers.AutoModelForCausalLM
     if not found:
         rule = f"its config.json names no class of transformers ({kinds})"
         raise refusal("checkpoint", path, rule, "Measure it in Python, with your model class")

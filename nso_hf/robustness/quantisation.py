@@ -5,11 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from nso_hf.refusal import refusal
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from nso_hf.robustness.matrices import changed, wide
 
 
 @contextmanager
@@ -32,39 +30,26 @@ def round_to_nearest(
     Raises:
         ValueError: `bits` or `group_size` is out of range, or there is no such layer.
     """
+    check_bits(bits)
+    check_group_size(group_size)
+    levels = 2 ** (bits - 1) - 1
+    with changed(model, lambda _, matrix: _quantised(matrix, levels, group_size)):
+        yield
+
+
+def check_bits(bits: int) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
         raise refusal("bits", bits, "not a whole number from 2 to 16", "Use 8, 4, 3 or 2")
-    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+
+
+def check_group_size(size: int | None) -> None:
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         cure = "Use 64, or None for one scale per output"
-        raise refusal("group_size", group_size, "not a whole number above 0", cure)
-    matrices = _matrices(model)
-    if not matrices:
-        rule = "it has no linear or convolution layer"
-        raise refusal("model", type(model).__name__, rule, "Measure the model that has them")
-    kept = [matrix.clone() for matrix in matrices]
-    try:
-        for matrix in matrices:
-            matrix.copy_(_quantised(matrix, 2 ** (bits - 1) - 1, group_size))
-        yield
-    finally:
-        for matrix, before in zip(matrices, kept, strict=True):
-            matrix.copy_(before)
-
-
-def _matrices(model: nn.Module) -> list[Tensor]:
-    """A view (outputs, inputs) of each weight, those that several layers share once."""
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-            weight = module.weight.data
-            found[id(module.weight)] = weight.view(len(weight), -1)
-        elif isinstance(module, Conv1D):  # of GPT-2, which holds its matrix transposed
-            found[id(module.weight)] = module.weight.data.t()
-    return list(found.values())
+        raise refusal("group_size", size, "not a whole number above 0", cure)
 
 
 def _quantised(matrix: Tensor, levels: int, group_size: int | None) -> Tensor:
-    groups = matrix.float().split(group_size or matrix.shape[1], dim=1)
+    groups = wide(matrix).split(group_size or matrix.shape[1], dim=1)
     return torch.cat([_rounded(group, levels) for group in groups], dim=1)
 
 

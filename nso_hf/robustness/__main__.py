@@ -1,0 +1,197 @@
+"""Measure what of trained models survives quantisation, noise in the weights, pruning and merging.
+
+    nso robustness runs/plain runs/nso --data test.jsonl --output runs/robustness
+
+Prints tables with a column for each checkpoint, and writes results.json and a picture with all of
+them on one scale. results.json is written after each checkpoint. Adapters are merged first.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from nso_hf.curvature.batches import Batch
+from nso_hf.curvature.checkpoint import Data
+from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
+from nso_hf.refusal import check_integer, check_positive, refusal
+from nso_hf.robustness.measuring import Row, check_strengths, robustness
+from nso_hf.robustness.merging import average, check_mergeable, task_arithmetic
+from nso_hf.robustness.report import described, plot_rows, print_rows
+from nso_hf.running.program import run
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n(--help lists the options)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = _Parser(
+        prog=sys.argv[0] if sys.argv[0].startswith("nso ") else "python -m nso_hf.robustness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folders or hub ids; loaded as float32"
+    )
+    add(
+        "--data",
+        required=True,
+        help="batches as a .pt file (torch.save of a list of dicts), or a .json, .jsonl, .csv, "
+        ".tsv or .parquet file, folder or hub id with the columns text, or prompt and completion "
+        "(language models), text and label, or image and label (classifiers)",
+    )
+    add("--split", default="test", help="of a hub id or folder (default: %(default)s)")
+    add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
+    add("--gguf_file", help="a GGUF file in the checkpoint, or in the base model of its adapters")
+    add("--batch_size", type=int, default=8, help="examples a batch (default: %(default)s)")
+    add("--num_batches", type=int, help="batches measured (default: 16; all of a .pt file)")
+    add("--max_length", type=int, default=512, help="tokens a text (default: %(default)s)")
+    strengths: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
+        "bits": (int, [8, 4, 3, 2], "of a weight, rounded to nearest"),
+        "group_sizes": (_size, ["none", 64], "weights that share a scale; none: those of a row"),
+        "noise": (float, [0.005, 0.01, 0.02, 0.05], "standard deviations of noise in the weights"),
+        "relative_noise": (float, [0.05, 0.1, 0.2, 0.5], "the same over the RMS of a row"),
+        "sparsity": (float, [0.5, 0.7, 0.9], "shares of the weights that are set to zero"),
+    }
+    for name, (kind, default, text) in strengths.items():
+        shown = " ".join(map(str, default))
+        values: list[Any] = [None if value == "none" else value for value in default]
+        text = f"{text} (default: {shown}; nothing after the option: none is measured)"
+        add(f"--{name}", type=kind, nargs="*", default=values, metavar="X", help=text)
+    add("--num_samples", type=int, default=5, help="draws of noise (default: %(default)s)")
+    add("--merge", action="store_true", help="measure the average of the checkpoints too")
+    add(
+        "--base",
+        help="where their training began: measure base + scale * sum(checkpoint - base) too",
+    )
+    add(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[0.3, 0.5, 1.0],
+        metavar="X",
+        help="of that (default: 0.3 0.5 1.0)",
+    )
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--output", type=Path, default=Path("robustness"), help="folder (default: %(default)s)")
+    return made
+
+
+def _size(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` for options that would fail later."""
+    for name in ("batch_size", "max_length"):
+        check_integer(name, getattr(options, name), 1, "Give a positive number")
+    if options.num_batches is not None:
+        check_integer("num_batches", options.num_batches, 1, "Give a positive number")
+    check_strengths(
+        options.bits,
+        options.group_sizes,
+        options.noise,
+        options.relative_noise,
+        options.sparsity,
+        options.num_samples,
+    )
+    for scale in options.scales:
+        check_positive("scales", scale, "Typical: 0.3 to 1")
+    for checkpoint in (*options.checkpoints, *filter(None, [options.base])):
+        check_checkpoint(checkpoint, options.gguf_file)
+    if len(set(options.checkpoints)) < len(options.checkpoints):
+        rule = "names one twice"
+        raise refusal("checkpoints", options.checkpoints, rule, "Name each once")
+    if options.merge and len(options.checkpoints) < 2:
+        raise refusal("merge", True, "there is one checkpoint", "Name two or more")
+    if (options.output / "results.json").exists():
+        rule = "holds the results of another run"
+        raise refusal("output", str(options.output), rule, "Pass another --output")
+
+
+def load(checkpoint: str, options: argparse.Namespace) -> Any:
+    """The model of a checkpoint, its adapters merged into it."""
+    model: Any = load_checkpoint(checkpoint, options.gguf_file)
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
+    """Name, the checkpoint whose tokenizer it takes, and the model: each checkpoint, then what they
+    are merged to."""
+    for checkpoint in options.checkpoints:
+        yield checkpoint, checkpoint, load(checkpoint, options)
+    if not (options.merge or options.base):
+        return
+    loaded = [load(checkpoint, options) for checkpoint in options.checkpoints]
+    first = options.checkpoints[0]
+    if options.merge:
+        yield "average", first, average(loaded)
+    if options.base:
+        base = load(options.base, options)
+        for scale in options.scales:
+            merged = task_arithmetic(base, loaded, scale=scale)
+            yield f"base + {scale:g} sum of changes", first, merged
+
+
+def measure(name: str, checkpoint: str, model: Any, options: argparse.Namespace) -> list[Row]:
+    """All measurements of one model."""
+    number = options.num_batches
+    data = Data(
+        path=options.data,
+        split=options.split,
+        tokenizer=options.tokenizer or checkpoint,
+        gguf_file=options.gguf_file,
+        batch_size=options.batch_size,
+        num_batches=16 if number is None and Path(options.data).suffix != ".pt" else number,
+        max_length=options.max_length,
+    )
+    batches: list[Batch] = data.batches(model)
+    if torch.cuda.is_available():
+        model.to("cuda")
+
+    def show(row: Row) -> None:
+        print(f"{name}: {described(row)}: loss {row.loss:.4g}", file=sys.stderr, flush=True)
+
+    return robustness(
+        model,
+        batches,
+        bits=options.bits,
+        group_sizes=options.group_sizes,
+        noise=options.noise,
+        relative_noise=options.relative_noise,
+        sparsity=options.sparsity,
+        num_samples=options.num_samples,
+        seed=options.seed,
+        on_row=show,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+    check(options)
+    if options.merge or options.base:
+        named = [*filter(None, [options.base]), *options.checkpoints]
+        check_mergeable({name: load(name, options) for name in named})
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "results.json"
+    measured: dict[str, list[Row]] = {}
+    for name, checkpoint, model in models(options):
+        measured[name] = measure(name, checkpoint, model, options)
+        rows = {n: [dataclasses.asdict(row) for row in each] for n, each in measured.items()}
+        asked = {n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()}
+        results = {"options": asked, "checkpoints": rows}
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print_rows(measured, [file, plot_rows(measured, options.output / "robustness.png")])
+
+
+if __name__ == "__main__":
+    run(main)
