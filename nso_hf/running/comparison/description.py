@@ -1,6 +1,7 @@
 """What is to be compared: the YAML file, checked."""
 
-from collections.abc import Callable, Hashable
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -165,7 +166,9 @@ def _candidates(where: str, value: Any) -> dict[str, list[Any]]:
 
 def _seeds(where: str, value: Any) -> list[int]:
     seeds = _list(where, value)
-    if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds):
+    if not all(
+        isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds
+    ):
         raise refusal(where, seeds, "must be integers, at least 0", "Write [0, 1, 2, 3, 4]")
     return seeds
 
@@ -196,27 +199,28 @@ def _names(names: Any) -> str:
 
 class _Loader(Loader):
     """Of YAML's words only `true` and `false` are truth values, so that `eval_strategy: no` is what
-    the option takes; no name stands twice in a mapping; names are texts."""
+    the option takes."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
         for first, found in Loader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        found: dict[Hashable, Any] = {}
-        for key, value in node.value:
-            if key.value in found:
-                raise refusal("comparison", key.value, "stands twice", "Give each a name of its own")
-            found[key.value] = self.construct_object(value, deep=True)
-        return found
+
+def _named_once(loader: _Loader, node: yaml.MappingNode) -> Options:
+    """A mapping of names, which are texts."""
+    found: Options = {}
+    for key, value in node.value:
+        name = str(key.value)
+        if name in found:
+            raise refusal("comparison", name, "stands twice", "Give each a name of its own")
+        found[name] = loader.construct_object(value, deep=True)
+    return found
 
 
-_Loader.add_constructor(
-    "tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True)
-)
+_Loader.add_constructor("tag:yaml.org,2002:map", _named_once)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", yaml.resolver.re.compile(r"true$|false$", yaml.resolver.re.I), "tTfF"
+    "tag:yaml.org,2002:bool", re.compile(r"(true|false)$", re.IGNORECASE), list("tTfF")
 )
 
 
@@ -226,7 +230,11 @@ def _read(file: Path) -> Options:
     except Refusal:
         raise
     except OSError as error:
-        raise refusal("file", str(file), "cannot be read", "Give the path of a YAML file") from error
+        raise refusal(
+            "file", str(file), "cannot be read", "Give the path of a YAML file"
+        ) from error
     except (ValueError, yaml.YAMLError) as error:
-        raise refusal("file", str(file), f"not YAML ({error})", "Write 'key: value' lines") from error
+        raise refusal(
+            "file", str(file), f"not YAML ({error})", "Write 'key: value' lines"
+        ) from error
     return _mapping("file", written)

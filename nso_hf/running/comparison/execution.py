@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -21,6 +21,8 @@ from multiprocessing import connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from nso_hf.refusal import Refusal, refusal
 from nso_hf.running.command_line import RecipeParser
@@ -144,7 +146,7 @@ def run_all(
     jobs: int,
     launcher: str | None,
     keep: bool,
-) -> Iterator[tuple[Run, Record]]:
+) -> Generator[tuple[Run, Record], None, None]:
     """Run what there is to run, `jobs` at a time; yields each run as it ends, with its record.
 
     Args:
@@ -158,7 +160,10 @@ def run_all(
         while True:
             for run in next_runs():
                 if len(running) < jobs and run.key not in running:
-                    running[run.key] = _start(context, recipe, run, folder / run.name, launcher)
+                    process = context.Process(
+                        target=_work, args=(recipe, run, folder, jobs, launcher)
+                    )
+                    running[run.key] = _start(process, run, folder / run.name)
             if not running:
                 return
             connection.wait([one.process.sentinel for one in running.values()])
@@ -174,26 +179,27 @@ def run_all(
             one.stop()
 
 
-def _start(context: Any, recipe: Path, run: Run, folder: Path, launcher: str | None) -> Running:
+def _start(process: Any, run: Run, folder: Path) -> Running:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
-    process = context.Process(target=_work, args=(recipe, run, folder, launcher))
     started = time.monotonic()
     process.start()
     return Running(run, process, folder, started)
 
 
-def _work(script: Path, run: Run, folder: Path, launcher: str | None) -> None:
+def _work(script: Path, run: Run, folder: Path, jobs: int, launcher: str | None) -> None:
     """What the process of a run does."""
     os.setpgrp()  # Ctrl-C is for the comparison, which then stops this and what it has started
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with _log(folder).open("wb") as log:
-        for output in (1, 2):
-            os.dup2(log.fileno(), output)
+    output = folder / run.name
+    with _log(output).open("wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
     recipe = load_recipe(script)
-    words = arguments(run, recipe, folder)
+    words = arguments(run, recipe, output)
     if launcher is not None:
         sys.exit(subprocess.call([*shlex.split(launcher), str(script), *words]))
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // jobs)))
     sys.argv = [str(script), *words]
     run_program(lambda: recipe.main(words))
 

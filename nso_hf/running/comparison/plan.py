@@ -79,9 +79,8 @@ class Cell:
     """Why there will be none."""
 
     @property
-    def all_runs(self) -> list[Run]:
-        tuning = [run for trial in self.trials for run in trial.runs]
-        return [*self.pace, *tuning, *self.runs]
+    def own(self) -> list[Run]:
+        return [*(run for trial in self.trials for run in trial.runs), *self.runs]
 
 
 def cells(comparison: Comparison, records: Mapping[str, Record]) -> list[Cell]:
@@ -92,7 +91,7 @@ def cells(comparison: Comparison, records: Mapping[str, Record]) -> list[Cell]:
     Raises:
         ValueError: a run has no figure that another one depends on.
     """
-    made = {}
+    made: dict[tuple[str, str], Cell] = {}
     for setting in comparison.settings:
         methods = comparison.methods.values()
         for method in sorted(methods, key=lambda method: method.time_of is not None):
@@ -104,7 +103,10 @@ def cells(comparison: Comparison, records: Mapping[str, Record]) -> list[Cell]:
 def missing(planned: Sequence[Cell], records: Mapping[str, Record]) -> list[Run]:
     """The runs that are known and have not ended, each once: one seed after the other, so that an
     interrupted comparison has pairs, and a slow hour falls on all methods."""
-    runs = {run.key: run for cell in planned for run in cell.all_runs if run.key not in records}
+    runs: dict[str, Run] = {}
+    for run in (*(r for cell in planned for r in cell.own), *(r for c in planned for r in c.pace)):
+        if run.key not in records:
+            runs.setdefault(run.key, run)
     return sorted(runs.values(), key=lambda run: (run.role != "tuning", run.options["seed"]))
 
 
@@ -213,9 +215,7 @@ def _have_ended(runs: Sequence[Run], records: Mapping[str, Record]) -> bool:
     return all(run.key in records for run in runs)
 
 
-def _trials(
-    comparison: Comparison, setting: str, method: Method, found: Options
-) -> list[Trial]:
+def _trials(comparison: Comparison, setting: str, method: Method, found: Options) -> list[Trial]:
     if comparison.tuning is None:
         return []
     seeds = comparison.tuning.seeds
@@ -236,6 +236,4 @@ def _runs(
     options = comparison.options | comparison.settings[setting] | method.options | found
     given = {name: value for name, value in options.items() if value is not None}
     recipe, place = comparison.recipe.stem, (setting, method.name)
-    return [
-        Run(recipe, *place, role, given | {"seed": seed}) for seed in seeds or comparison.seeds
-    ]
+    return [Run(recipe, *place, role, given | {"seed": seed}) for seed in seeds or comparison.seeds]

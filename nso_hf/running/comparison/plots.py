@@ -28,7 +28,11 @@ def plot(
     compared = comparison.metrics[0]
     clouds: dict[str, tuple[str, str, Callable[[Any], tuple[Any, Any]]]] = {
         "time": ("seconds of training", compared, lambda n: (n.get("train_seconds"), n[compared])),
-        "trace": ("trace of the Hessian", compared, lambda n: (n.get("curvature.trace"), n[compared])),
+        "trace": (
+            "trace of the Hessian",
+            compared,
+            lambda n: (n.get("curvature.trace"), n[compared]),
+        ),
         "forgetting": (
             compared,
             "loss on other data, after - before",
@@ -42,9 +46,7 @@ def plot(
     return written + _what_survives(comparison.output_dir / "robustness.png", finished)
 
 
-def _points(
-    found: Sequence[Mapping[str, Any]], point: Callable[[Any], tuple[Any, Any]]
-) -> Points:
+def _points(found: Sequence[Mapping[str, Any]], point: Callable[[Any], tuple[Any, Any]]) -> Points:
     made = [point(numbers(figures)) for figures in found]
     return [(x, y) for x, y in made if x is not None and y is not None]
 
@@ -72,9 +74,7 @@ def _clouds(path: Path, points: Mapping[tuple[str, str], Points], x: str, y: str
                 axis.scatter(*zip(*of, strict=True), s=12, alpha=0.35, linewidths=0, **style)
                 (mean_x, error_x), (mean_y, error_y) = map(mean_and_error, zip(*of, strict=True))
                 bars = {"xerr": error_x, "yerr": error_y} if len(of) > 1 else {}
-                axis.errorbar(
-                    mean_x, mean_y, **bars, **style, ls="", capsize=3, ms=7, label=method
-                )
+                axis.errorbar(mean_x, mean_y, **bars, **style, ls="", capsize=3, ms=7, label=method)
         axis.set(xlabel=x, ylabel=y, title=setting)
         axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return _saved(figure, path)
@@ -83,16 +83,16 @@ def _clouds(path: Path, points: Mapping[tuple[str, str], Points], x: str, y: str
 def _what_survives(path: Path, finished: Mapping[tuple[str, str], Any]) -> list[Path]:
     """Accuracy, or else loss, over the strength of each kind of change to the weights: mean and
     standard error over seeds."""
-    table: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = {}
+    table: dict[tuple[str, str], dict[str, dict[float, list[Any]]]] = {}
     measure = "accuracy"
-    for place, found in finished.items():
-        changed = [row for figures in found for row in figures.get("robustness") or []]
+    for place, of_method in finished.items():
+        changed = [row for figures in of_method for row in figures.get("robustness") or []]
         if any(row.get("accuracy") is None for row in changed):
             measure = "loss"
         table[place] = {}
         for row in changed:
-            kind = table[place].setdefault(row["kind"], {})
-            kind.setdefault(row["strength"], []).append(row)  # type: ignore[arg-type]
+            rows = table[place].setdefault(row["kind"], {})
+            rows.setdefault(row["strength"], []).append(row)
     kinds = list(dict.fromkeys(kind for of in table.values() for kind in of))
     if not kinds:
         return []
@@ -102,7 +102,10 @@ def _what_survives(path: Path, finished: Mapping[tuple[str, str], Any]) -> list[
         for axis, kind in zip(row_of_axes, kinds, strict=True):
             for number, (method, of) in enumerate(methods.items()):
                 _line(axis, of.get(kind, {}), measure, number, method)
-            axis.set(xlabel=kind, ylabel=measure, title=setting)
+            strengths = sorted(
+                {strength for of in methods.values() for strength in of.get(kind, {})}
+            )
+            axis.set(xlabel=kind, ylabel=measure, title=setting, xticks=strengths)
             if kind == "bits":
                 axis.invert_xaxis()
         row_of_axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -125,7 +128,8 @@ def _panels(rows: int, columns: int) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
 
     size = (4.2 * columns + 2, 3.6 * rows)
-    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    return figure, axes
 
 
 def _saved(figure: Any, path: Path) -> list[Path]:

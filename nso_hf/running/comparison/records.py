@@ -72,7 +72,7 @@ def read_records(folder: Path) -> dict[str, Record]:
     Raises:
         ValueError: a file there is none.
     """
-    found = {}
+    found: dict[str, Record] = {}
     for path in sorted((folder / "runs").glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -127,7 +127,9 @@ def working_folder(output: Path) -> Iterator[Path]:
         except BlockingIOError as error:
             lock.seek(0)
             rule = f"process {lock.read()} is at work on it"
-            raise refusal("output_dir", str(output), rule, "Wait for it, or name another") from error
+            raise refusal(
+                "output_dir", str(output), rule, "Wait for it, or name another"
+            ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from nso_hf.running.comparison.description import Comparison, Options
@@ -84,7 +85,6 @@ def rows(
 ) -> list[Row]:
     """Of all settings and methods, in their order in the file."""
     made = []
-    seconds: dict[str, dict[int, float]] = {}
     values = [_values(cell, [*comparison.metrics, "train_seconds"], records) for cell in planned]
     bases = {
         cell.setting: found
@@ -95,8 +95,7 @@ def rows(
     for cell, found in zip(planned, values, strict=True):
         base = bases[cell.setting]
         is_baseline = cell.method == comparison.baseline
-        seconds = {"own": found["train_seconds"], "base": base["train_seconds"]}
-        means = {name: mean_and_error(list(of.values()))[0] for name, of in seconds.items() if of}
+        seconds, base_seconds = found["train_seconds"].values(), base["train_seconds"].values()
         difference = paired_difference(found[compared], base[compared])
         made.append(
             Row(
@@ -110,7 +109,7 @@ def rows(
                 ],
                 values={metric: found[metric] for metric in comparison.metrics},
                 difference=None if is_baseline else difference,
-                times=means["own"] / means["base"] if len(means) == 2 and means["base"] else None,
+                times=fmean(seconds) / fmean(base_seconds) if seconds and base_seconds else None,
                 chosen=cell.chosen,
                 at_the_end=_at_the_end(cell),
                 trials=_trials(comparison, cell, records),
@@ -138,7 +137,9 @@ def _values(
 def _at_the_end(cell: Cell) -> list[str]:
     found = []
     for name, value in cell.chosen.items():
-        tried = {trial.options[name] for trial in cell.trials if _is_number(trial.options.get(name))}
+        tried = {
+            trial.options[name] for trial in cell.trials if _is_number(trial.options.get(name))
+        }
         if len(tried) > 2 and value in (min(tried), max(tried)):
             found.append(name)
     return found
@@ -161,27 +162,26 @@ def _trials(
 
 
 def header(comparison: Comparison) -> list[str]:
-    difference = f"{comparison.metrics[0]}, less that of {comparison.baseline} (95 %)"
+    difference = f"{comparison.metrics[0]}: difference to {comparison.baseline}, 95 %"
     return ["method", "runs", *comparison.metrics, difference, "time", "chosen"]
 
 
-def cells_of(row: Row) -> list[str]:
-    """Its texts under that header."""
-    figures = []
-    for values in row.values.values():
-        found = list(values.values())
-        mean, error = mean_and_error(found) if found else (0.0, 0.0)
-        text = with_error(mean, error) if len(found) > 1 else f"{mean:.4g}"
-        figures.append(text if found else "")
-    times = f"x {row.times:.2f}" if row.times is not None else ""
+def texts_of(row: Row) -> list[str]:
+    """What stands under that header."""
     return [
         row.method,
         row.runs_in_words(),
-        *figures,
+        *(_mean_in_words(list(values.values())) for values in row.values.values()),
         row.difference_in_words(),
-        times,
+        f"x {row.times:.2f}" if row.times is not None else "",
         row.chosen_in_words(),
     ]
+
+
+def _mean_in_words(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.4g}" if values else ""
+    return with_error(*mean_and_error(values))
 
 
 def notes(
@@ -201,7 +201,9 @@ def notes(
             made.append(f"Failed: {run} ({said.splitlines()[-1] if said else ''}): {run.name}.")
         for name in row.at_the_end:
             value = f"{name} {row.chosen[name]}"
-            made.append(f"{place}: {value} is at the end of what was tried; the best may be beyond.")
+            made.append(
+                f"{place}: {value} is at the end of what was tried; the best may be beyond."
+            )
     finished = [numbers(record["train_info"]["metrics"]) for record in records.values()]
     for metric in comparison.metrics[1:]:
         if found and not any(row.values[metric] for row in found) and any(finished):

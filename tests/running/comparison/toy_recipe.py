@@ -88,3 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             },
         }
     (output / "results.json").write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
