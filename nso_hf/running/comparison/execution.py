@@ -154,16 +154,13 @@ def run_all(
         folder: a run writes into one of its name in this, which is removed unless it failed.
         keep: do not remove any.
     """
-    context = processes()
+    context, how = processes(), (recipe, jobs, launcher)
     running: dict[str, Running] = {}
     try:
         while True:
             for run in next_runs():
                 if len(running) < jobs and run.key not in running:
-                    process = context.Process(
-                        target=_work, args=(recipe, run, folder, jobs, launcher)
-                    )
-                    running[run.key] = _start(process, run, folder / run.name)
+                    running[run.key] = _start(context, run, folder / run.name, *how)
             if not running:
                 return
             connection.wait([one.process.sentinel for one in running.values()])
@@ -179,19 +176,20 @@ def run_all(
             one.stop()
 
 
-def _start(process: Any, run: Run, folder: Path) -> Running:
+def _start(context: Any, run: Run, folder: Path, *how: Any) -> Running:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
+    _log(folder).touch()
+    process = context.Process(target=_work, args=(run, folder, *how))
     started = time.monotonic()
     process.start()
     return Running(run, process, folder, started)
 
 
-def _work(script: Path, run: Run, folder: Path, jobs: int, launcher: str | None) -> None:
+def _work(run: Run, output: Path, script: Path, jobs: int, launcher: str | None) -> None:
     """What the process of a run does."""
     os.setpgrp()  # Ctrl-C is for the comparison, which then stops this and what it has started
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    output = folder / run.name
     with _log(output).open("wb") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)

@@ -146,5 +146,5 @@ def test_a_wrong_file_is_refused(tmp_path, name):
 def test_what_is_no_mapping_is_refused(tmp_path, text):
     with pytest.raises(ValueError, match=r"^(file|recipe)="):
         read(tmp_path, text)
-    with pytest.raises(ValueError, match="file='none.yaml': cannot be read"):
+    with pytest.raises(ValueError, match=r"file='none\.yaml': cannot be read"):
         read_comparison(Path("none.yaml"), Path)

@@ -33,7 +33,7 @@ OPTIONS = [ToyOptions]
 def accuracy(options: ToyOptions, split: str) -> float:
     """Best at a learning rate of 0.1, and at a sigma of the share of wrong labels."""
     noise = random.Random(f"{options.seed} {split}").gauss(0, 0.02)
-    own = random.Random(f"{options.seed} {options.sigma} {split}").gauss(0, 0.005)
+    own = random.Random(f"{options.seed} {options.sigma:g} {split}").gauss(0, 0.005)
     rate = math.log10(options.learning_rate / 0.1) ** 2
     done = 1 - math.exp(-options.max_steps / 5)
     fit = (options.sigma - options.label_noise) ** 2
