@@ -16,6 +16,7 @@ from scipy import stats
 from nso_hf.running.comparison.records import working_folder
 from recipes.compare import main
 from tests.running.comparison import toy_recipe
+from tests.tiny_models import save_model
 
 ROOT = Path(__file__).parents[2]
 TOY = {
@@ -180,17 +181,23 @@ def test_a_script_that_is_no_recipe_is_refused(tmp_path):
         compared(tmp_path, TOY | {"recipe": "imges"})
 
 
-def test_two_at_a_time_and_a_launcher_give_the_same(tmp_path):
+def test_two_at_a_time_give_the_same(tmp_path):
     alone = compared(tmp_path, TOY)
-    for number, flags in enumerate([{"launcher": sys.executable}, {}]):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        assert compared(folder, TOY | flags, "--jobs", "2", "--keep")["rows"] == alone["rows"]
-        kept = [path for path in (folder / "out" / "work").iterdir() if path.is_dir()]
-        assert len(kept) == 10 and all((path / "begun").exists() for path in kept)
+    (tmp_path / "two").mkdir()
+    assert compared(tmp_path / "two", TOY, "--jobs", "2", "--keep")["rows"] == alone["rows"]
+    kept = [path for path in (tmp_path / "two" / "out" / "work").iterdir() if path.is_dir()]
+    assert len(kept) == 10 and all((path / "results.json").exists() for path in kept)
     timed = {"plain": {"sigma": 0, "time_of": "nso"}, "nso": {"sigma": 0.1}}
     with pytest.raises(ValueError, match="jobs=2: 'plain' is given the time of another method"):
         compared(tmp_path, TOY | {"methods": timed}, "--jobs", "2")
+
+
+def test_a_launcher_gives_the_same(tmp_path):
+    few = TOY | {"seeds": [1], "methods": {"plain": {"sigma": 0}}}
+    alone = compared(tmp_path, few)
+    (tmp_path / "launched").mkdir()
+    launched = compared(tmp_path / "launched", few | {"launcher": f"{sys.executable} -X utf8"})
+    assert launched["rows"] == alone["rows"] and launched["rows"][0]["finished"] == 1
 
 
 def test_another_process_at_work_is_refused(tmp_path):
@@ -253,6 +260,28 @@ def is_alive(process_id):
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [None, sys.executable])
+def test_what_a_killed_comparison_had_started_ends(tmp_path, launcher):
+    text = TOY | {"options": {"pause": 60.0}, "launcher": launcher}
+    process = started(tmp_path, text)
+    begun = wait_for(lambda: list(tmp_path.glob("out/work/*/begun")))[0]
+    of_run = int(wait_for(begun.read_text))
+    assert is_alive(of_run)
+    process.kill()  # it alone
+    wait_for(lambda: not is_alive(of_run))
+    process.communicate()
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.slow
 def test_an_interrupt_ends_in_the_table_of_what_there_is(tmp_path):
     text = TOY | {"options": {"max_steps": 10, "pause": 1.0}}
     process = started(tmp_path, text)
@@ -290,3 +319,53 @@ def test_killed_at_random_moments_and_resumed_it_is_as_uninterrupted(tmp_path):
         tmp_path / "whole" / "out" / "results.md"
     ).read_text()
     assert {path.name for path in (tmp_path / "out" / "work").iterdir()} == {"lock", ".gitignore"}
+
+
+@pytest.mark.slow
+def test_a_recipe_of_the_library(tmp_path):
+    """Figures are those of the recipe alone; plain training gets the time that NSO takes."""
+    from recipes import cot_finetuning
+    from tests.recipes.test_cot_recipe import flags
+
+    options = {
+        "model_name_or_path": str(save_model("gpt2", tmp_path / "model")),
+        "dataset": "reasoning_gym:chain_sum",
+        "dataset_kwargs": {"max_terms": 2, "max_digits": 1},
+        "train_size": 40,
+        "validation_size": 6,
+        "test_size": 8,
+        "max_new_tokens": 12,
+        "max_length": 220,
+        "use_cpu": True,
+        "max_steps": 12,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "evaluate_before": False,
+        "curvature": True,
+        "curvature_samples": 2,
+    }
+    text = TOY | {
+        "recipe": "cot",
+        "seeds": [0, 1],
+        "options": options,
+        "methods": {
+            "plain": {"sigma": 0},
+            "plain, equal time": {"sigma": 0, "time_of": "nso"},
+            "nso": {"sigma": 0.02},
+        },
+        "metrics": ["curvature.trace", "train_seconds", "steps"],
+    }
+    found = compared(tmp_path, text)
+    plain, longer, nso = found["rows"]
+    assert [row["finished"] for row in found["rows"]] == [2, 2, 2]
+    steps = [row["metrics"]["steps"]["values"]["1"] for row in found["rows"]]
+    assert steps == [12, longer["chosen"]["max_steps"], 12] and steps[1] > 12
+    own = {"max_steps": 12, "seed": 1, "learning_rate": 1e-3, "evaluate_before": "false"}
+    own |= {"curvature": "true", "curvature_samples": 2}
+    cot_finetuning.main(flags(options["model_name_or_path"], tmp_path / "alone", **own))
+    alone = json.loads((tmp_path / "alone" / "results.json").read_text())["curvature"]
+    trace = alone["curvature/trace"]
+    # The same program on the same machine: to the last bit.
+    assert nso["metrics"]["curvature.trace"]["values"]["1"] == trace
+    assert plain["metrics"]["curvature.trace"]["values"]["1"] != trace
+    assert (tmp_path / "out" / "trace.png").exists()

@@ -165,12 +165,12 @@ def _candidates(where: str, value: Any) -> dict[str, list[Any]]:
 
 
 def _seeds(where: str, value: Any) -> list[int]:
-    seeds = _list(where, value)
-    if not all(
-        isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds
-    ):
-        raise refusal(where, seeds, "must be integers, at least 0", "Write [0, 1, 2, 3, 4]")
-    return seeds
+    seeds = value if isinstance(value, list) else [value]
+    is_seed = [isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds]
+    if seeds is not value or not all(is_seed):
+        rule = "must be a list of integers, at least 0"
+        raise refusal(where, value, rule, "Write it as [0, 1, 2, 3, 4]")
+    return _list(where, seeds)
 
 
 def _list(where: str, value: Any) -> list[Any]:

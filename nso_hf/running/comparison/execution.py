@@ -101,8 +101,10 @@ def _first_refusal(recipe: Path, runs: Sequence[Run], folder: Path) -> str:
             with contextlib.redirect_stderr(said):
                 parser.parse(arguments(run, module, folder))
         except (Refusal, SystemExit) as error:
-            message = said.getvalue() if isinstance(error, SystemExit) else str(error)
-            cause = message.strip().removeprefix("error: ").partition("\n")[0]
+            cause = str(error)
+            if isinstance(error, SystemExit):  # of argparse
+                line = said.getvalue().strip().removeprefix("error: ").partition("\n")[0]
+                cause = f"{line}. Correct it in the file."
             where = f"settings={run.setting!r}, " if run.setting else ""
             return f"{where}methods={run.method!r}: refused by {recipe.name}. {cause}"
     return ""

@@ -71,8 +71,11 @@ WRONG = {
         "baseline='sgd': no such method. Choose one of 'plain', 'nso'.",
     ),
     "seeds twice": ({"seeds": "[0, 1, 0]"}, "seeds=[0, 1, 0]: has one twice. Name each once."),
-    "a number of seeds": ({"seeds": "5"}, "seeds=5: must be a list of at least one. Write [5]."),
-    "seeds in words": ({"seeds": "[one]"}, "seeds=['one']: must be integers, at least 0. Write"),
+    "a number of seeds": (
+        {"seeds": "5"},
+        "seeds=5: must be a list of integers, at least 0. Write it as [0, 1, 2, 3, 4].",
+    ),
+    "seeds in words": ({"seeds": "[one]"}, "seeds=['one']: must be a list of integers, at least 0"),
     "seed as an option": (
         {"options": "{seed: 3}"},
         "options.seed=3: is set here for each run. Use seeds:.",

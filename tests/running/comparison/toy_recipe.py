@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if (output / "begun").exists():
         raise RuntimeError("the folder holds an unfinished run")
-    (output / "begun").touch()
+    (output / "begun").write_text(str(os.getpid()))
     time.sleep(options.pause)
     if options.wrong and options.seed == options.wrong_seed:
         if options.wrong == "killed":
