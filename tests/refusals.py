@@ -46,6 +46,7 @@ from nso_hf.curvature import (
 )
 from nso_hf.curvature.__main__ import main as measure_checkpoints
 from nso_hf.refusal import Refusal
+from recipes.compare import main as compare
 from recipes.cot_finetuning import main
 from tests.reference import config, tiny_llama, token_data
 from tests.tiny_models import save_model
@@ -1022,6 +1023,58 @@ MAE: dict[str, Callable[[Path], object]] = {
     ),
 }
 
+
+def comparison(**lines: str) -> Callable[[Path], object]:
+    """`nso compare` on a file with these lines, of a recipe that trains nothing."""
+
+    def run(folder: Path) -> object:
+        toy = Path(__file__).parent / "running" / "comparison" / "toy_recipe.py"
+        text = {"recipe": str(toy), "seeds": "[0]", "methods": "{plain: {sigma: 0}, nso: {}}"}
+        file = folder / "file.yaml"
+        file.write_text("\n".join(f"{name}: {line}" for name, line in (text | lines).items()))
+        return compare([str(file), "--output_dir", str(folder / "out")])
+
+    return run
+
+
+def of_no_recipe(folder: Path) -> object:
+    (folder / "script_alone.py").write_text("print(1)")
+    return comparison(recipe=str(folder / "script_alone.py"))(folder)
+
+
+_TUNE = "{seeds: [100], options: {learning_rate: [1e-3, 1e-2]}}"
+COMPARISON: dict[str, Callable[[Path], object]] = {
+    "no file": lambda folder: compare(["none.yaml"]),
+    "no runs at a time": lambda folder: compare(["none.yaml", "--jobs", "0"]),
+    "unknown key": comparison(method="{}"),
+    "unknown recipe": comparison(recipe="imges"),
+    "script that is no recipe": of_no_recipe,
+    "no methods": comparison(methods="{}"),
+    "method without options in a mapping": comparison(methods="{plain: sgd}"),
+    "method named twice": comparison(methods="{plain: {}, plain: {}}"),
+    "unknown baseline": comparison(baseline="sgd"),
+    "seed twice": comparison(seeds="[0, 1, 0]"),
+    "number of seeds": comparison(seeds="5"),
+    "seed as an option": comparison(options="{seed: 3}"),
+    "option that the recipe has not": comparison(methods="{plain: {sgima: 0}}"),
+    "option of a setting that is no number": comparison(settings="{many: {max_steps: many}}"),
+    "time of a method that is not there": comparison(methods="{plain: {time_of: sam}, nso: {}}"),
+    "time of one with a time": comparison(
+        methods="{plain: {time_of: nso}, nso: {time_of: plain}, sam: {}}"
+    ),
+    "time of another, and steps": comparison(
+        methods="{plain: {time_of: nso, max_steps: 9}, nso: {}}"
+    ),
+    "trials of unequal number": comparison(
+        methods="{plain: {}, nso: {tune: {sigma: [1, 2]}}}", tune=_TUNE
+    ),
+    "option that is fixed and tuned": comparison(methods="{nso: {learning_rate: 1}}", tune=_TUNE),
+    "tuned without tune": comparison(methods="{nso: {tune: {sigma: [1, 2]}}}"),
+    "tuned without seeds": comparison(tune="{options: {learning_rate: [1, 2]}}"),
+    "tuned on test data": comparison(tune="{seeds: [100], metric: test.accuracy}"),
+    "figure that is not there": comparison(metrics="[test.f1]"),
+}
+
 SECTIONS = {
     "Library": LIBRARY,
     "Companions": COMPANIONS,
@@ -1029,6 +1082,7 @@ SECTIONS = {
     "Chain-of-thought recipe": RECIPE,
     "CLIP recipe": CLIP,
     "Recipe of masked autoencoders": MAE,
+    "Comparison": COMPARISON,
 }
 
 

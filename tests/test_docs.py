@@ -2,11 +2,15 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from nso_hf.__main__ import COMMANDS
 from nso_hf.methods import METHODS
+from nso_hf.running.command_line import RecipeParser
+from nso_hf.running.comparison.execution import arguments
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -60,10 +64,6 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_recipe_commands_parse(command, tmp_path, monkeypatch):
-    from importlib import import_module
-
-    from nso_hf.running.command_line import RecipeParser
-
     (tmp_path / "names.json").write_text("{}")
     monkeypatch.chdir(ROOT)
     script, *words = shlex.split(command.replace("names.json", str(tmp_path / "names.json")))
@@ -71,6 +71,24 @@ def test_recipe_commands_parse(command, tmp_path, monkeypatch):
         return
     recipe = import_module(script.removesuffix(".py").replace("/", "."))
     RecipeParser(recipe.OPTIONS).parse([*words, "--use_cpu", "true", "--bf16", "false"])
+
+
+def test_the_example_of_a_comparison_is_right(tmp_path):
+    from nso_hf.running.comparison.description import read_comparison
+    from nso_hf.running.comparison.plan import cells, first_of_each, missing
+
+    (example,) = blocks(ROOT / "docs" / "compare.md", "yaml")
+    (tmp_path / "digits.yaml").write_text(example)
+    found = read_comparison(tmp_path / "digits.yaml", Path)
+    runs = len(missing(cells(found, {}), {})) + sum(cell.unknown for cell in cells(found, {}))
+    # Of each setting and method 6 trials and 5 seeds; the pace is that of plain's trials.
+    assert runs == 2 * 6 * (6 + 5)
+    script = COMMANDS.get(found.recipe.name, ("",))[0].rpartition(".")[2]
+    if script:
+        recipe = import_module(f"recipes.{script}")
+        for run in first_of_each(found):
+            words = arguments(run, recipe, tmp_path / "out")
+            RecipeParser(recipe.OPTIONS).parse([*words, "--use_cpu", "true"])
 
 
 def test_pages_link_to_what_exists():

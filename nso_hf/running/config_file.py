@@ -12,11 +12,11 @@ from transformers.hf_argparser import string_to_bool
 from nso_hf.refusal import Refusal, refusal
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML 1.1, which would read 1e-4 as text, with numbers as everyone writes them."""
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -53,7 +53,7 @@ def read_config(
         )
     cure = "Write 'option: value' lines"
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader = Loader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
     except UnicodeDecodeError as error:
         raise refusal("config", str(path), f"not UTF-8 ({error})", "Save it so") from error
@@ -80,7 +80,7 @@ def _kinds(hint: Any) -> list[Any]:
 
 
 def _value(
-    name: str, node: yaml.Node, action: argparse.Action, kinds: list[Any], loader: _Loader
+    name: str, node: yaml.Node, action: argparse.Action, kinds: list[Any], loader: Loader
 ) -> Any:
     written = loader.construct_object(node, deep=True)
     if written is None and types.NoneType in kinds:

@@ -20,3 +20,15 @@ def with_error(value: float, error: float) -> str:
 def _power(number: float) -> int:
     """The power of ten of its first digit, once rounded to two."""
     return int(f"{number:.1e}".partition("e")[2])
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """`value [low, high]`, signed, down to the second significant digit of half the interval:
+    "+0.0120 [-0.0040, +0.0280]"."""
+    half = (high - low) / 2
+    if not (math.isfinite(value) and math.isfinite(half) and half > 0):
+        return f"{value:+.4g} [{low:+.4g}, {high:+.4g}]"
+    digits = int(1 - _power(half))
+    value, low, high = (round(x, digits) + 0.0 for x in (value, low, high))
+    after = max(0, digits)
+    return f"{value:+.{after}f} [{low:+.{after}f}, {high:+.{after}f}]"

@@ -1,0 +1,1 @@
+"""A comparison of methods over settings and seeds, on any recipe, from one YAML file."""
