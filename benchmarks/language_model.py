@@ -115,7 +115,8 @@ def batches(rows: Rows, size: int = 64) -> list[dict[str, Tensor]]:
 
 def figures(model: nn.Module, rows: Rows, **measured: Any) -> list[dict[str, Any]]:
     """The loss of this model, and of what `measured` makes of it."""
-    nothing: dict[str, Any] = {"bits": (), "noise": (), "sparsity": ()}
+    nothing: dict[str, Any] = {"bits": (), "noise": (), "relative_noise": (), "sparsity": ()}
+    nothing["group_sizes"] = (None,)
     found = robustness(model, batches(rows), **(nothing | measured))
     return [
         {"kind": r.kind, "strength": r.strength, "loss": r.loss, "stderr": r.stderr} for r in found
@@ -151,9 +152,11 @@ def fine_tuned(
     return tuned
 
 
+OPTIONS = [LanguageOptions, CompanionOptions, NSOConfig]
+
+
 def main(argv: list[str] | None = None) -> None:
-    kinds = [LanguageOptions, CompanionOptions, NSOConfig]
-    options, companions, args = RecipeParser(kinds, description=__doc__).parse(argv)
+    options, companions, args = RecipeParser(OPTIONS, description=__doc__).parse(argv)
     companions.check(args)
     checkpoint = checkpoint_to_resume(args)
     recorded = RecordedOptions(args, options, companions, checkpoint=checkpoint)
@@ -179,8 +182,10 @@ def main(argv: list[str] | None = None) -> None:
         if not options.test:
             return
         results.add(test=loss(model, test))
-        measured: dict[str, Any] = {"bits": (8, 4, 3, 2), "noise": (0.005, 0.01, 0.02, 0.05)}
-        results.add(robustness=figures(model, test, sparsity=(0.3, 0.5, 0.7), **measured))
+        noise = {"noise": (0.01, 0.02), "num_samples": 2}
+        rows = figures(model, test, bits=(8, 4, 3, 2), sparsity=(0.3, 0.5, 0.7), **noise)
+        bits = {f"{row['strength']}": row["loss"] for row in rows if row["kind"] == "bits"}
+        results.add(robustness=rows, loss_in_bits=bits)
         forgetting: dict[str, Any] = {}
         for rate in options.fine_tune_learning_rates if options.fine_tune_steps else ():
             tuned = fine_tuned(model, splits["English"][0], rate, options, args)
