@@ -208,9 +208,8 @@ def notes(
     finished = [numbers(record["train_info"]["metrics"]) for record in records.values()]
     for metric in comparison.metrics[1:]:
         if found and not any(row.values[metric] for row in found) and any(finished):
-            made.append(
-                f"No run has {metric}. There are: {nearest(metric, max(finished, key=len))}."
-            )
+            there = nearest(metric, sorted({name for of in finished for name in of}))
+            made.append(f"No run has {metric}. There are: {there}.")
     if len(comparison.seeds) < 5:
         made.append(f"{len(comparison.seeds)} seeds: an interval of few pairs is wide. Use 5.")
     return made
