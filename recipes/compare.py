@@ -31,6 +31,7 @@ from nso_hf.running.comparison.plan import (
     figure,
     first_of_each,
     missing,
+    nearest,
     numbers,
 )
 from nso_hf.running.comparison.records import (
@@ -142,7 +143,7 @@ def check_figures(comparison: Comparison, one: Run, record: Record) -> None:
     metric = tuning.metric if is_tuned and tuning is not None else comparison.metrics[0]
     there = numbers(record["train_info"]["metrics"])
     if record["train_info"]["status"] == "success" and metric not in there:
-        cure = f"Choose among {', '.join(there)}; what has run is kept"
+        cure = f"Choose one of what is there, as {nearest(metric, there)}; what has run is kept"
         raise refusal(option, metric, f"results.json of {one.name} does not have it", cure)
 
 

@@ -4,8 +4,9 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from statistics import fmean, median
 from typing import Any
 
@@ -141,6 +142,11 @@ def numbers(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found[name.removeprefix(prefix)] = value  # the Trainer's logs say "curvature/trace"
     return found
+
+
+def nearest(metric: str, figures: Iterable[str]) -> str:
+    """The names of some figures, those first that are most like one that is not there."""
+    return ", ".join(get_close_matches(metric, list(figures), n=8, cutoff=0))
 
 
 def _cell(

@@ -7,7 +7,7 @@ from typing import Any
 
 from nso_hf.running.comparison.description import Comparison, Options
 from nso_hf.running.comparison.intervals import Difference, mean_and_error, paired_difference
-from nso_hf.running.comparison.plan import Cell, Record, Run, figure, numbers
+from nso_hf.running.comparison.plan import Cell, Record, Run, figure, nearest, numbers
 from nso_hf.running.figures import with_error, with_interval
 
 
@@ -204,10 +204,25 @@ def notes(
             made.append(
                 f"{place}: {value} is at the end of what was tried; the best may be beyond."
             )
+    made += _unequal_times(comparison, found)
     finished = [numbers(record["train_info"]["metrics"]) for record in records.values()]
     for metric in comparison.metrics[1:]:
         if found and not any(row.values[metric] for row in found) and any(finished):
-            made.append(f"No run has {metric}. There are: {', '.join(finished[-1])}.")
+            there = nearest(metric, sorted({name for of in finished for name in of}))
+            made.append(f"No run has {metric}. There are: {there}.")
     if len(comparison.seeds) < 5:
         made.append(f"{len(comparison.seeds)} seeds: an interval of few pairs is wide. Use 5.")
+    return made
+
+
+def _unequal_times(comparison: Comparison, found: Sequence[Row]) -> list[str]:
+    times = {(row.setting, row.method): row.times for row in found if row.times}
+    made = []
+    for (setting, name), time in times.items():
+        time_of = comparison.methods[name].time_of or ""
+        reference = times.get((setting, time_of))
+        if reference and not 0.9 < time / reference < 1.1:
+            place = ", ".join(word for word in (setting, name) if word)
+            took = f"{place}: it took {time / reference:.2f} times as long as {time_of}."
+            made.append(f"{took} Was the machine as busy all the time?")
     return made

@@ -103,3 +103,15 @@ def test_what_tuning_chose_is_said_and_where_it_is_at_the_end():
     assert len(row.trials) == 18 and row.trials[0]["validation.accuracy"] == 1
     said = notes(what, [row], records, 0)
     assert "few, plain: rate 3 is at the end of what was tried; the best may be beyond." in said
+
+
+def test_times_that_are_not_equal_are_said():
+    what, planned, records = made()
+    for time_of, said in (("plain", "it took 2.00 times as long as plain. Was"), ("sam", "")):
+        methods = what.methods | {"nso": Method("nso", {"sigma": 1}, time_of=time_of)}
+        timed = type(what)(**vars(what) | {"methods": methods})
+        found = notes(timed, rows(what, planned, records), records, 0)
+        assert [line for line in found if said and said in line] == (
+            [line for line in found if "times as long" in line]
+        )
+        assert bool(said) == any("times as long" in line for line in found)
