@@ -1,0 +1,51 @@
+"""What survives changes to the weights, as an option of a recipe."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import Trainer
+
+from nso_hf.refusal import check_integer, refusal
+from nso_hf.robustness.measuring import robustness
+
+
+@dataclass
+class RobustnessOptions:
+    _argument_group_name = "robustness"
+    _may_change = ("robustness", "robustness_examples")  # when a run goes on: measured at its end
+
+    robustness: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure on the test examples what survives quantisation, noise in the weights "
+            "and pruning (as nso robustness does)."
+        },
+    )
+    robustness_examples: int = field(
+        default=1000, metadata={"help": "Test examples that is measured on, the first ones."}
+    )
+
+    def __post_init__(self) -> None:
+        check_integer("robustness_examples", self.robustness_examples, 1, "Typical: 1000")
+
+    def check(self, backend: Any) -> None:
+        """
+        Raises:
+            ValueError: the processes of this back end hold parts of the weights.
+        """
+        if self.robustness and backend.num_copies < backend.num_processes:
+            cure = "Leave it out, and measure the trained model with nso robustness"
+            raise refusal("robustness", True, f"{backend.name} shards the weights", cure)
+
+    def measure(self, trainer: Trainer, examples: Sequence[Any]) -> list[dict[str, Any]]:
+        """The rows of `robustness`."""
+        collate: Callable[[list[Any]], Any] = trainer.data_collator
+        number = min(self.robustness_examples, len(examples))
+        size = trainer.args.per_device_eval_batch_size
+        batches = [
+            dict(collate([examples[i] for i in range(start, min(start + size, number))]))
+            for start in range(0, number, size)
+        ]
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        return [asdict(row) for row in robustness(model, batches)]
