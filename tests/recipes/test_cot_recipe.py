@@ -198,7 +198,9 @@ def test_yaml_and_flags(tmp_path):
         "perturb_include: [lora_A, lora_B]\ntwo_sided: false\nuse_cpu: true\nmax_steps: 7\n"
     )
     parser = RecipeParser(OPTIONS)
-    model, data, _, args = parser.parse(["--config", str(path), "--sigma", "0.03", "--max_steps=9"])
+    model, data, *_, args = parser.parse(
+        ["--config", str(path), "--sigma", "0.03", "--max_steps=9"]
+    )
     assert (model.model_name_or_path, data.dataset, data.preset) == ("m", "gsm8k", "gsm8k")
     assert args.learning_rate == 1e-4 and args.sigma == 0.03 and args.max_steps == 9
     assert args.perturb_include == ["lora_A", "lora_B"] and args.two_sided is False
