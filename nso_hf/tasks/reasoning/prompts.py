@@ -137,9 +137,9 @@ class PromptFormat:
 
     def _ids(self, text: str) -> list[int]:
         """Tokens of a text in which nothing is a special token."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         if self._special.keys().isdisjoint(ids):
             return ids
         spelt: list[int] = []  # some vocabularies have "</s>" among the pieces of words too
