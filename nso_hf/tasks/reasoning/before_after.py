@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from nso_hf.running.paired import Measured, before_and_after
 from nso_hf.tasks.reasoning.evaluation import Evaluation
 from nso_hf.tasks.reasoning.examples import Example
 from nso_hf.tasks.reasoning.further import FurtherSet
-from nso_hf.tasks.reasoning.paired import Measured, before_and_after
 from nso_hf.tasks.reasoning.texts import losses, num_predicted
 from nso_hf.tasks.reasoning.trainer import ReasoningTrainer
 

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
+from nso_hf.running.paired import Measured, before_and_after
 from nso_hf.tasks.reasoning.before_after import BeforeAndAfter
 from nso_hf.tasks.reasoning.dealing import dealt
 from nso_hf.tasks.reasoning.examples import Columns, Example
 from nso_hf.tasks.reasoning.further import FurtherOptions
-from nso_hf.tasks.reasoning.paired import Measured, before_and_after
 from nso_hf.tasks.reasoning.prompts import PromptFormat
 from nso_hf.tasks.reasoning.texts import losses, num_predicted, pieces
 from tests.tiny_models import byte_tokenizer, save_model

@@ -28,6 +28,10 @@ class Measured:
         squares = ((s - mean * n) ** 2 for s, n in zip(self.sums, self.counts, strict=True))
         return math.sqrt(k / (k - 1) * sum(squares)) / sum(self.counts)
 
+    def summary(self, measure: str) -> dict[str, float]:
+        """The mean by its name, and its standard error."""
+        return {measure: self.mean, "stderr": self.stderr}
+
     def since(self, before: "Measured") -> "Measured":
         """The change of each text, or question: its standard error is that of pairs."""
         assert list(before.counts) == list(self.counts)
@@ -40,7 +44,7 @@ def before_and_after(
 ) -> dict[str, Any]:
     """What results.json has on a data set of a `kind`, whose mean is called by the `measure`."""
     found = {
-        name: {measure: measured.mean, "stderr": measured.stderr} if measured else None
+        name: measured.summary(measure) if measured else None
         for name, measured in (("before", before), ("after", after))
     }
     change = after.since(before) if before and after else None
