@@ -12,11 +12,10 @@ open_clip loads. Everything of `TrainingArguments` is an option too.
 """
 
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ from accelerate.utils import gather_object
 from transformers import IntervalStrategy, set_seed
 
 from nso_hf.companions.options import CompanionOptions
-from nso_hf.curvature import hessian_eigenvalues, hessian_trace
 from nso_hf.refusal import Refusal, needs, refusal
 from nso_hf.running.checkpoints import checkpoint_to_resume, resumable
 from nso_hf.running.command_line import RecipeParser
@@ -33,55 +31,25 @@ from nso_hf.running.readiness import check_ready
 from nso_hf.running.recorded_options import RecordedOptions, fingerprint
 from nso_hf.running.results import Results, trained
 from nso_hf.tasks.clip.arguments import CLIPConfig
+from nso_hf.tasks.clip.fine_tuning import FineTuningOptions
 from nso_hf.tasks.clip.options import DataOptions, EvaluationOptions, ModelOptions
 
 if TYPE_CHECKING:
     from nso_hf.tasks.clip.encoding import Encoded
+    from nso_hf.tasks.clip.measures import Labelled
     from nso_hf.tasks.clip.models import ClipModel
     from nso_hf.tasks.clip.pairs import Pairs
-    from nso_hf.tasks.clip.trainer import CLIPTrainer
 
 CONFIGS = Path(__file__).with_name("configs")
-OPTIONS = [ModelOptions, DataOptions, EvaluationOptions, CompanionOptions, CLIPConfig]
+OPTIONS = [
+    ModelOptions,
+    DataOptions,
+    EvaluationOptions,
+    FineTuningOptions,
+    CompanionOptions,
+    CLIPConfig,
+]
 PACKAGES = ("open_clip", "webdataset", "datasets", "sklearn", "matplotlib", "rich")
-
-
-def measure_curvature(
-    trainer: "CLIPTrainer", train: "Pairs", options: EvaluationOptions
-) -> dict[str, dict[str, float]]:
-    """Trace and largest eigenvalue of the loss, by all trained weights and by tower."""
-    from nso_hf.tasks.clip.stream import PairStream
-
-    clip, size = trainer.clip, trainer.args.per_device_train_batch_size
-    stream = iter(PairStream(train, clip.eval_transform, clip.tokenizer, batch_size=size))
-    batches = []
-    for _ in range(options.curvature_batches):
-        examples = [next(stream) for _ in range(size)]
-        batches.append(trainer.data_collator(examples))
-    trained = [name for name, p in clip.model.named_parameters() if p.requires_grad]
-    towers = {
-        "all": trained,
-        "image tower": [name for name in trained if name.startswith("visual.")],
-        "text tower": [name for name in trained if not re.match(r"visual\.|logit_", name)],
-    }
-    measured = {}
-    for tower, names in towers.items():
-        if not names:
-            continue
-        params = [f"^{re.escape(name)}$" for name in names]
-        began = time.monotonic()
-        trace = hessian_trace(
-            trainer, batches, num_samples=options.curvature_samples, params=params
-        )
-        top = hessian_eigenvalues(trainer, batches, tolerance=1e-2, params=params)
-        measured[tower] = {
-            "trace": trace.estimate,
-            "trace_stderr": trace.stderr,
-            "lambda_max": top.values[0],
-            "lambda_max_residual": top.residuals[0],
-            "seconds": round(time.monotonic() - began, 1),
-        }
-    return measured
 
 
 @contextmanager
@@ -99,32 +67,32 @@ class Collections:
 
     train: "Pairs"
     held_out: "Pairs | None"
-    labelled: "Pairs | None"
-    classes: list[str]
-    """Those that occur, sorted."""
-    names: dict[str, str]
-    """Class -> its name in prompts, of all that images are told apart from."""
+    labelled: "Labelled | None"
+    also: "dict[str, Labelled]"
+    """Of other images, by name."""
 
     @property
     def by_name(self) -> "dict[str, Pairs]":
         named = {
             "training pairs, over all passes": self.train,
             "held-out pairs": self.held_out,
-            "images with classes": self.labelled,
-        }
+            "images with classes": self.labelled.pairs if self.labelled else None,
+        } | {f"images of {name}": labelled.pairs for name, labelled in self.also.items()}
         return {name: pairs for name, pairs in named.items() if pairs is not None}
 
 
 def open_collections(
-    data: DataOptions, evaluation: EvaluationOptions, recorded: RecordedOptions
+    data: DataOptions,
+    evaluation: EvaluationOptions,
+    fine_tuning: FineTuningOptions,
+    recorded: RecordedOptions,
 ) -> Collections:
     """Open what the options name; refuse what cannot be trained on, or evaluated on."""
-    from nso_hf.tasks.clip.classification import check_probe, class_names
+    from nso_hf.tasks.clip.classification import check_probe
     from nso_hf.tasks.clip.stream import check_usable
 
     held_out = labelled = None
-    classes: list[str] = []
-    names: dict[str, str] = {}
+    also = {}
     with named("train_data"):
         train = data.open(data.train_data, data.train_split, data.train_num_pairs, labels=False)
         check_usable(train)
@@ -134,16 +102,28 @@ def open_collections(
             held_out = data.open(data.eval_data, data.eval_split, labels=False)
             check_usable(held_out)
         recorded.check("eval_data", data.eval_data, "held-out pairs", held_out.digest())
-    if data.zero_shot_data is not None:
+    if data.zero_shot_data is not None and evaluation.test:
         with named("zero_shot_data"):
-            labelled = data.open(data.zero_shot_data, data.zero_shot_split, labels=True)
-            labels = labelled.labels()
-            names = evaluation.names([*labelled.classes, *filter(None, labels)])
-            classes = class_names(labels, data.zero_shot_data, names)
+            labelled = open_labelled(data, evaluation, data.zero_shot_data)
             if evaluation.linear_probe:
-                check_probe(labels)
-            check_usable(labelled, "label")
-    return Collections(train, held_out, labelled, classes, names)
+                check_probe(labelled.pairs.labels())
+    for name, source in fine_tuning.also.items() if evaluation.test else ():
+        with named("eval_also"):
+            also[name] = open_labelled(data, evaluation, source)
+    return Collections(train, held_out, labelled, also)
+
+
+def open_labelled(data: DataOptions, evaluation: EvaluationOptions, source: str) -> "Labelled":
+    from nso_hf.tasks.clip.classification import class_names
+    from nso_hf.tasks.clip.measures import Labelled
+    from nso_hf.tasks.clip.stream import check_usable
+
+    pairs = data.open(source, data.zero_shot_split, labels=True)
+    labels = pairs.labels()
+    names = evaluation.names([*pairs.classes, *filter(None, labels)])
+    classes = class_names(labels, source, names)
+    check_usable(pairs, "label")
+    return Labelled(pairs, classes, names)
 
 
 def load_model(options: ModelOptions, data: DataOptions, recorded: RecordedOptions) -> "ClipModel":
@@ -162,37 +142,6 @@ def load_model(options: ModelOptions, data: DataOptions, recorded: RecordedOptio
     return clip
 
 
-def found_among(trainer: "CLIPTrainer", encoded: "Encoded") -> dict[str, Any]:
-    """What results.json has on the retrieval of held-out pairs."""
-    from nso_hf.tasks.clip.retrieval import retrieval
-
-    found = retrieval(encoded, trainer.args.device)
-    texts, images = found.candidates
-    counts = {"images": images, "texts": texts}
-    figures = counts | {"metrics": found.metrics, "chance": found.chance}
-    return {"validation_loss": encoded.loss, "retrieval": figures}
-
-
-def measured(
-    trainer: "CLIPTrainer", collections: Collections, options: EvaluationOptions
-) -> Iterator[dict[str, Any]]:
-    """What results.json has on classification and curvature, one after another."""
-    from nso_hf.tasks.clip.classification import linear_probe, zero_shot
-
-    if collections.labelled is not None:
-        encoded = trainer.encode(collections.labelled, needs="label")
-        classes, names = list(collections.names), list(collections.names.values())
-        model, prompts, device = trainer.module, options.prompts, trainer.args.device
-        accuracy, _ = zero_shot(
-            model, trainer.clip, encoded, classes, prompts, names, device=device
-        )
-        yield {"zero_shot": asdict(accuracy)}
-        if options.linear_probe:
-            yield {"linear_probe": asdict(linear_probe(encoded, collections.classes))}
-    if options.curvature:
-        yield {"curvature": measure_curvature(trainer, collections.train, options)}
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0], configs=CONFIGS)
     options = parser.parse(argv)
@@ -204,19 +153,23 @@ def pretrain(
     model_options: ModelOptions,
     data: DataOptions,
     evaluation: EvaluationOptions,
+    fine_tuning: FineTuningOptions,
     companions: CompanionOptions,
     args: CLIPConfig,
 ) -> None:
     """From data to results, for options that were read without these packages."""
+    from nso_hf.tasks.clip import measures
     from nso_hf.tasks.clip.report import report
     from nso_hf.tasks.clip.retrieval import METRICS
     from nso_hf.tasks.clip.stream import PairStream
     from nso_hf.tasks.clip.trainer import CLIPTrainer
+    from nso_hf.tasks.clip.wise_ft import FirstWeights
 
     check_ready(args, ["loss", *METRICS])
     companions.check(args)
+    fine_tuning.check(model_options, data, evaluation)
     checkpoint = checkpoint_to_resume(args)
-    groups = (model_options, data, evaluation, companions)
+    groups = (model_options, data, evaluation, fine_tuning, companions)
     recorded = RecordedOptions(args, *groups, checkpoint=checkpoint)
     results = Results(
         args,
@@ -224,6 +177,7 @@ def pretrain(
         model_options=model_options,
         data_options=data,
         evaluation_options=evaluation,
+        fine_tuning_options=fine_tuning,
         companion_options=companions,
     )
     set_seed(args.seed)
@@ -233,13 +187,14 @@ def pretrain(
     if evaluation.linear_probe and data.zero_shot_data is None:
         raise refusal("linear_probe", True, "needs images with classes", "Set --zero_shot_data")
     with args.main_process_first():
-        collections = open_collections(data, evaluation, recorded)
-    train, held_out = collections.train, collections.held_out
+        collections = open_collections(data, evaluation, fine_tuning, recorded)
+    train, held_out, labelled = collections.train, collections.held_out, collections.labelled
     size = args.per_device_train_batch_size
     if evaluation.curvature and evaluation.curvature_batches > len(train) // size:
         rule = f"{len(train)} training pairs make {len(train) // size} batches of {size}"
         raise refusal("curvature_batches", evaluation.curvature_batches, rule, "Lower it")
     clip = load_model(model_options, data, recorded)
+    first = FirstWeights(clip.model) if collections.also else None
     stream = PairStream(
         train,
         clip.train_transform,
@@ -260,7 +215,8 @@ def pretrain(
             f"{type(clip.model).__name__} {model_options.model}, "
             f"{parameters / 1e6:.1f}M parameters; {len(train)} training pairs, "
             f"global batch {size * args.world_size * args.gradient_accumulation_steps}; "
-            f"{len(held_out) if held_out else 0} held-out pairs, {len(collections.names)} classes",
+            f"{len(held_out) if held_out else 0} held-out pairs, "
+            f"{len(labelled.names) if labelled else 0} classes",
             flush=True,
         )
     encoded: Encoded | None = None
@@ -269,9 +225,18 @@ def pretrain(
         trainer.save_model()
         if held_out is not None:
             encoded = trainer.encode(held_out)
-            results.add(**found_among(trainer, encoded))
-        for figures in measured(trainer, collections, evaluation):
-            results.add(**figures)
+            results.add(**measures.found_among(trainer, encoded))
+        if labelled is not None:
+            for figures in measures.classified(trainer, labelled, evaluation):
+                results.add(**figures)
+        if first is not None:
+            alphas = fine_tuning.wise_ft or []
+            for figures in measures.kept(
+                trainer, collections.also, labelled, first, evaluation, alphas
+            ):
+                results.add(**figures)
+        if evaluation.curvature:
+            results.add(curvature=measures.curvature(trainer, train, evaluation))
     counts = gather_object([{n: p.skipped.counts for n, p in collections.by_name.items()}])
     skipped = {
         name: dict(sum((Counter(count[name]) for count in counts), Counter())) for name in counts[0]

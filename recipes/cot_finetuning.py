@@ -6,13 +6,12 @@ r"""Fine-tune a language model on chains of thought with Noise Stability Optimiz
 
 The model learns to answer a question with a rationale, then "-->", then the answer. Loss on the
 completion only. It is evaluated by generation: on validation questions during training (these
-choose the best checkpoint), and on test questions before training and once at its end. Everything
-of `TrainingArguments` is an option too.
+choose the best checkpoint), and on test questions before training and once at its end, with what it
+forgets of other tasks and texts. Everything of `TrainingArguments` is an option too.
 """
 
 import copy
 import gc
-import json
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,17 +29,25 @@ from nso_hf.running.program import run
 from nso_hf.running.readiness import check_ready
 from nso_hf.running.recorded_options import RecordedOptions, fingerprint
 from nso_hf.running.results import trained, versions
-from nso_hf.tasks.reasoning.evaluation import METRICS, Evaluation, evaluate_answers
-from nso_hf.tasks.reasoning.examples import Example
+from nso_hf.tasks.reasoning.before_after import BeforeAndAfter
+from nso_hf.tasks.reasoning.evaluation import METRICS
+from nso_hf.tasks.reasoning.further import FurtherOptions, FurtherSet
 from nso_hf.tasks.reasoning.models import ModelOptions, check_lengths, load_model, with_lora
 from nso_hf.tasks.reasoning.options import DataOptions, MeasurementOptions, Splits
 from nso_hf.tasks.reasoning.prompts import PromptFormat, training_rows
 from nso_hf.tasks.reasoning.report import PACKAGES, report
-from nso_hf.tasks.reasoning.trainer import AtTheBeginning, ReasoningTrainer
+from nso_hf.tasks.reasoning.trainer import ReasoningTrainer
 
 Rows = list[dict[str, Any]]
 CONFIGS = Path(__file__).with_name("configs")
-OPTIONS = [ModelOptions, DataOptions, MeasurementOptions, CompanionOptions, NSOConfig]
+OPTIONS = [
+    ModelOptions,
+    DataOptions,
+    FurtherOptions,
+    MeasurementOptions,
+    CompanionOptions,
+    NSOConfig,
+]
 
 
 def plainly(args: NSOConfig) -> NSOConfig:
@@ -57,28 +64,34 @@ def plainly(args: NSOConfig) -> NSOConfig:
 
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0], configs=CONFIGS)
-    model_options, data, curvature, companions, args = parser.parse(argv)
+    model_options, data, further, curvature, companions, args = parser.parse(argv)
     needs("cot_finetuning.py", "recipes", *PACKAGES)
     check_ready(args, ["loss", *METRICS])
     companions.check(args)
     if curvature.compare_plain and args.sigma == 0:
         cure = "Raise --sigma, or leave it out"
         raise refusal("compare_plain", True, "at sigma 0 both would be plain training", cure)
-    results = fine_tune(model_options, data, curvature, companions, args, args)
+    results = fine_tune(model_options, data, further, curvature, companions, args, args)
     if curvature.compare_plain:
         gc.collect()  # the first model, before the second is loaded
         if args.process_index == 0:
             print("Plain training, for comparison, from the same start.", flush=True)
-        once = replace(data, evaluate_before=False), replace(curvature, curvature_steps=None)
-        results["plain"] = fine_tune(model_options, *once, companions, plainly(args), args)
+        once, plain = replace(curvature, curvature_steps=None), plainly(args)
+        results["plain"] = fine_tune(model_options, data, further, once, companions, plain, args)
     if args.process_index == 0:
         report(results, Path(str(args.output_dir)))
 
 
 def prepared(
-    model_options: ModelOptions, data: DataOptions, recorded: RecordedOptions, splits: Splits
-) -> tuple[torch.nn.Module, PromptFormat, Rows, Rows, int]:
-    """The model, how it is asked, the training and validation rows, and how many were too long."""
+    model_options: ModelOptions,
+    data: DataOptions,
+    further: FurtherOptions,
+    recorded: RecordedOptions,
+    splits: Splits,
+    seed: int,
+) -> tuple[torch.nn.Module, PromptFormat, Rows, Rows, int, list[FurtherSet]]:
+    """The model, how it is asked, the training and validation rows, how many were too long, and
+    further data."""
     model, tokenizer, is_encoder_decoder = load_model(model_options)
     if data.template == "chat" and tokenizer.chat_template is None:
         cure = "Use --template plain"
@@ -100,21 +113,29 @@ def prepared(
     recorded.check("model_name_or_path", name, "tokens of the training texts", fingerprint(rows))
     weights = fingerprint((n, p.flatten()[:8].tolist()) for n, p in model.named_parameters())
     recorded.check("model_name_or_path", name, "weights", weights)
+    sets = further.load(
+        prompt_format, [*splits.train, *splits.validation], data.columns, data.max_length, seed
+    )
+    for found in sets:
+        fact = fingerprint([*found.examples, *found.texts])
+        recorded.check(found.option, found.spec, f"data of {found.name!r}", fact)
     if model_options.lora_r is not None:
         collate = DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=-100)
         model = with_lora(model, model_options, is_encoder_decoder, dict(collate(rows[:8])))
-    asked = [*splits.validation, *splits.test]
+    asked = [*splits.validation, *splits.test, *(e for found in sets for e in found.examples)]
     prompts = [prompt_format.prompt_ids(example.question) for example in asked]
     longest_row = max(
-        len(row[name]) for row in [*rows, *validation_rows] for name in ("input_ids", "labels")
+        [len(row[name]) for row in [*rows, *validation_rows] for name in ("input_ids", "labels")]
+        + [len(ids) for found in sets for text in found.texts for ids, _ in text]
     )
     check_lengths(model, data.max_length, data.max_new_tokens, longest_row, max(map(len, prompts)))
-    return model, prompt_format, rows, validation_rows, too_long
+    return model, prompt_format, rows, validation_rows, too_long, sets
 
 
 def fine_tune(
     model_options: ModelOptions,
     data: DataOptions,
+    further: FurtherOptions,
     curvature: MeasurementOptions,
     companions: CompanionOptions,
     args: NSOConfig,
@@ -125,7 +146,7 @@ def fine_tune(
     `asked` are the training options of the command, which `args` are made from.
     """
     checkpoint = checkpoint_to_resume(args)
-    groups = (model_options, data, curvature, companions)
+    groups = (model_options, data, further, curvature, companions)
     recorded = RecordedOptions(args, *groups, checkpoint=checkpoint)
     started = time.monotonic()
     set_seed(args.seed)
@@ -133,70 +154,46 @@ def fine_tune(
         splits = data.load(args.seed)
     for split, examples in zip(("training", "validation", "test"), splits, strict=True):
         recorded.check("dataset", data.dataset, f"{split} examples", fingerprint(examples))
-    model, prompt_format, rows, validation_rows, too_long = prepared(
-        model_options, data, recorded, splits
+    model, prompt_format, rows, validation_rows, too_long, sets = prepared(
+        model_options, data, further, recorded, splits, args.seed
     )
-    tokenizer = prompt_format.tokenizer
     trainer = ReasoningTrainer(
         model=model,
         args=args,
         train_dataset=rows,
         eval_dataset=validation_rows,
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=-100),
+        data_collator=DataCollatorForSeq2Seq(
+            prompt_format.tokenizer, model, label_pad_token_id=-100
+        ),
         callbacks=companions.callbacks(),
+        prompt_format=prompt_format,
+        validation=splits.validation,
+        max_new_tokens=data.max_new_tokens,
     )
-
-    def answer(examples: list[Example], description: str) -> Evaluation:
-        return evaluate_answers(
-            trainer.model,  # type: ignore[arg-type]
-            prompt_format,
-            examples,
-            trainer.accelerator,
-            batch_size=args.per_device_eval_batch_size,
-            max_new_tokens=data.max_new_tokens,
-            description=description,
-        )
-
-    trainer.answer = lambda: answer(splits.validation, "Validation")
-    output = Path(str(args.output_dir))
     if trainer.is_world_process_zero():
         print(data.described(splits, len(rows), too_long))
         print(f"prompt: {prompt_format.prompt(splits.train[0].question)!r}")
         print(f"completion: {prompt_format.completions(splits.train[0])[0]!r}", flush=True)
-    before_file = output / "before.json"  # read by a resumed run, whose model has changed since
-    before = json.loads(before_file.read_text()) if checkpoint and before_file.exists() else None
-    answering_seconds = 0.0
-
-    def answer_before() -> None:  # once the model is where, and sharded as, the back end wants it
-        nonlocal before, answering_seconds
-        began = time.monotonic()
-        answers_before = answer(splits.test, "Test, before training")
-        before = answers_before.summary()
-        if trainer.is_world_process_zero():
-            answers_before.write(output / "predictions_before.jsonl")
-            before_file.write_text(json.dumps(before, indent=2))
-        answering_seconds = time.monotonic() - began
-
-    if data.evaluate_before and not checkpoint:
-        trainer.add_callback(AtTheBeginning(answer_before))
+    test = splits.test if data.test else []
+    measured = BeforeAndAfter(trainer, test, sets, tests_before=data.evaluate_before)
+    if checkpoint or args is not asked:  # the model has changed since, or the first one began so
+        measured.read(Path(str(asked.output_dir)))
+    else:
+        trainer.add_callback(measured)
     with resumable(asked, lambda: trainer.state):
         figures = trained(trainer, recorded, checkpoint, curvature.callback(trainer, rows))
-        figures["train_seconds"] = round(figures["train_seconds"] - answering_seconds, 2)
+        figures["train_seconds"] = round(figures["train_seconds"] - measured.seconds, 2)
         trainer.save_model()
-        answers = answer(splits.test, "Test, after training")
-    after = answers.summary()
-    if trainer.is_world_process_zero():
-        answers.write(output / "predictions.jsonl")
+        figures["validation"] = trainer.validated(is_average=companions.apply_average)
+        figures |= measured.after()
     return {
         **figures,
-        "before": before,
-        "after": after,
         "total_seconds": round(time.monotonic() - started, 1),
         "texts": len(rows),
         "texts_too_long": too_long,
         "model_options": asdict(model_options),
         "data_options": asdict(data),
+        "further_options": asdict(further),
         "curvature_options": asdict(curvature),
         "companion_options": asdict(companions),
         "nso_options": {option.name: getattr(args, option.name) for option in fields(NSOArguments)},

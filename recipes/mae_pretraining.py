@@ -48,7 +48,7 @@ def check_together(data: DataOptions, evaluation: EvaluationOptions, args: MAECo
     if args.rademacher_strength and data.target_data is None:
         strength = args.rademacher_strength
         raise refusal("rademacher_strength", strength, "needs images of the task to come", cure)
-    if evaluation.evaluation != "none" and data.target_data is None:
+    if evaluation.judges and data.target_data is None:
         rule = "needs images with classes"
         raise refusal("evaluation", evaluation.evaluation, rule, f"{cure}, or --evaluation none")
     if args.eval_strategy != "no" and not data.validation_size:
@@ -86,10 +86,9 @@ def open_collections(
         raise refusal("validation_size", data.validation_size, rule, "Lower it")
     if data.target_data is None:
         return Collections(train, None, None, None, [])
-    judged = evaluation.evaluation != "none"
-    target = data.open("target_data", pixels, labelled=judged)
+    target = data.open("target_data", pixels, labelled=evaluation.judges)
     recorded.check("target_data", data.target_data, "target images", target.digest())
-    if not judged:
+    if not evaluation.judges:
         return Collections(train, target, None, None, [])
     tested = data.open("target_data", pixels, split="test_split", labelled=True)
     recorded.check("target_data", data.target_data, "test images", tested.digest())
@@ -216,7 +215,7 @@ def pretrain(
         if is_first:
             write_preprocessor(output, pixels.image_size, list(pixels.mean), list(pixels.std))
         trainer.accelerator.wait_for_everyone()  # the model has been written
-        if evaluation.evaluation != "none":
+        if evaluation.judges:
             for name, found in judged(collections, evaluation, model_options, args):
                 results["evaluation"][name] = found
                 results.add()

@@ -68,6 +68,11 @@ class CompanionOptions:
             cure = "Pass --load_best_model_at_end true, with --metric_for_best_model"
             raise refusal("early_stopping_patience", patience, "there is no best model", cure)
 
+    @property
+    def apply_average(self) -> bool:
+        """Whether training ends with an average, of weights that were never evaluated."""
+        return self.ema_decay is not None or self.swa_start is not None
+
     def callbacks(self) -> list[TrainerCallback]:
         """What does it during training."""
         made: list[TrainerCallback] = []

@@ -320,7 +320,7 @@ def test_an_interrupt_of_the_measurements_loses_none_of_the_training(tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nso_hf.tasks.clip.retrieval.retrieval", interrupt)
+        patch.setattr("nso_hf.tasks.clip.measures.retrieval", interrupt)
         with pytest.raises(SystemExit, match=r"Interrupted at step 3; .*checkpoint-3.*goes on"):
             main(flags(tmp_path, tmp_path / "part", **saving))
     main(flags(tmp_path, tmp_path / "part", **saving, resume_from_checkpoint="last"))

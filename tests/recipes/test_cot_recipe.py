@@ -198,7 +198,7 @@ def test_yaml_and_flags(tmp_path):
         "perturb_include: [lora_A, lora_B]\ntwo_sided: false\nuse_cpu: true\nmax_steps: 7\n"
     )
     parser = RecipeParser(OPTIONS)
-    model, data, _, _, args = parser.parse(
+    model, data, *_, args = parser.parse(
         ["--config", str(path), "--sigma", "0.03", "--max_steps=9"]
     )
     assert (model.model_name_or_path, data.dataset, data.preset) == ("m", "gsm8k", "gsm8k")
@@ -430,3 +430,106 @@ def test_counts_are_of_texts_and_of_questions(tmp_path, capsys):
     # 12 questions, of which 3 and 2 are held out; each of the 7 left has two rationales.
     assert "14 training texts of 7 questions, 2 validation and 3 test questions" in printed
     assert "7 of 9 training questions" in printed
+
+
+def further(folder):
+    (folder / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    longer = 'longer=reasoning_gym:chain_sum{"min_terms": 3, "max_terms": 3}'
+    words = ["--forgetting_data", f"{folder}/prose.txt", "--further_size", "4"]
+    return [*words, "--also_test", longer]
+
+
+def test_forgetting_beside_plain_training(tmp_path, capsys):
+    """Its column is that of a run of its own; both began with the same model."""
+    model = save_model("gpt2", tmp_path / "model")
+    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    both = [*flags(model, tmp_path / "both", compare_plain="true", **options), *further(tmp_path)]
+    main(both)
+    printed = capsys.readouterr().out
+    main([*flags(model, tmp_path / "alone", sigma=0, **options), *further(tmp_path)])
+    results, alone = (
+        json.loads((tmp_path / run / "results.json").read_text()) for run in ("both", "alone")
+    )
+    for group in ("forgetting", "also_test"):
+        assert results["plain"][group] == alone[group]
+    prose = results["forgetting"]["prose"]
+    assert prose["kind"] == "text" and prose["before"] == alone["forgetting"]["prose"]["before"]
+    assert prose["change"] == pytest.approx(prose["after"]["loss"] - prose["before"]["loss"])
+    assert prose["change"] != alone["forgetting"]["prose"]["change"]
+    assert results["also_test"]["longer"]["kind"] == "task"
+    (row,) = [line for line in printed.splitlines() if "prose: loss, nats" in line]
+    for measured in (prose["before"], prose["after"], alone["forgetting"]["prose"]["after"]):
+        assert with_error(measured["loss"], measured["stderr"]) in row
+    assert "longer: accuracy, %" in printed
+
+
+def test_forgetting_of_a_resumed_run_is_since_its_beginning(tmp_path, interrupt_at):
+    model = save_model("gpt2", tmp_path / "model")
+    saving = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    main([*flags(model, tmp_path / "whole", **saving), *further(tmp_path)])
+    part = [*flags(model, tmp_path / "part", **saving), *further(tmp_path)]
+    with interrupt_at(3), pytest.raises(SystemExit, match="Interrupted at step 3"):
+        main(part)
+    main([*part, "--resume_from_checkpoint", "last"])
+    whole, resumed = (
+        json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "part")
+    )
+    for key in ("forgetting", "also_test", "validation"):
+        assert whole[key] == resumed[key]
+    (tmp_path / "prose.txt").write_text("Something else. " * 50)
+    with pytest.raises(ValueError, match=r"forgetting_data=.*: not the data of 'prose' that this"):
+        main(
+            [*part[: -len(further(tmp_path))], *other(tmp_path), "--resume_from_checkpoint", "last"]
+        )
+
+
+def other(folder):
+    words = further(folder)
+    (folder / "prose.txt").write_text("Something else. " * 50)
+    return words
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"},
+        {"eval_strategy": "no", "save_strategy": "no"},
+        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "ema_decay": 0.5},
+        {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_steps": 1,
+            "metric_for_best_model": "loss",
+        },
+    ],
+    ids=["evaluated last", "not evaluated", "average", "best"],
+)
+def test_validation_of_the_model_that_is_left(tmp_path, options, monkeypatch):
+    """It is that of the saved model evaluated anew; and nothing is answered twice."""
+    from nso_hf.tasks.reasoning import trainer as module
+
+    asked = []
+
+    def counting(*args, description, **kwargs):
+        asked.append(description)
+        return evaluate_answers(*args, description=description, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate_answers", counting)
+    model = save_model("gpt2", tmp_path / "model")
+    best = "metric_for_best_model" in options
+    # At such a rate the first step is the best.
+    rate = {"learning_rate": 0.3, "load_best_model_at_end": "true", "max_steps": 3} if best else {}
+    rate = rate or {"learning_rate": 1e-2}
+    main(flags(model, tmp_path / "out", test="false", **rate, **options))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    evaluations = [entry for entry in results["log"] if "eval_loss" in entry]
+    reused = options["eval_strategy"] != "no" and "ema_decay" not in options
+    assert asked == ["Validation"] * (len(evaluations) + (not reused))
+    assert results["after"] is None and results["before"] is None
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+    if best:
+        assert results["best_checkpoint"].endswith("-1")
+    again = flags(tmp_path / "out", tmp_path / "again", max_steps=1, learning_rate=0)
+    main(again)
+    expected = json.loads((tmp_path / "again" / "results.json").read_text())["validation"]
+    assert results["validation"] == pytest.approx(expected, rel=1e-6)

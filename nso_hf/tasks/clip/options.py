@@ -63,6 +63,11 @@ class ModelOptions:
             cure = "Set --lock_text true too"
             raise refusal("lock_text_unlocked_layers", value, "has no effect", cure)
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether training begins with weights that are not random."""
+        return self.pretrained is not None or ":" in self.model
+
     def load(self, augmentation: dict[str, Any] | None) -> "ClipModel":
         """The model, its towers locked as asked."""
         from nso_hf.tasks.clip.models import load_clip, lock
@@ -178,6 +183,7 @@ class DataOptions:
 class EvaluationOptions:
     _argument_group_name = "evaluation"
     _may_change = (  # when a run goes on: all is measured after training
+        "test",
         "templates",
         "class_names",
         "linear_probe",
@@ -186,6 +192,13 @@ class EvaluationOptions:
         "curvature_samples",
     )
 
+    test: bool = field(
+        default=True,
+        metadata={
+            "help": "Classify the images with classes, whatever option names them; false leaves "
+            "them unseen, as for choosing options on validation."
+        },
+    )
     templates: str = field(
         default="openai",
         metadata={

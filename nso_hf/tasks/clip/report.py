@@ -1,7 +1,7 @@
 """What a finished run shows: tables against chance, and the images found for captions."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,17 @@ _INCH, _LINE = 1.3, 0.16  # of an image, and of a line of text
 def report(
     results: Mapping[str, Any], output: Path, encoded: Encoded | None, held_out: Pairs | None
 ) -> None:
-    """Draw training.png and, of the held-out pairs, retrieval.png; print retrieval, classification
-    and curvature, as far as they were measured, and where the files are."""
+    """Draw training.png, retrieval.png of the held-out pairs, and wise_ft.png; print retrieval,
+    classification, what is kept and curvature, as far as they were measured, and where the files
+    are."""
     files = ["results.json", "training.png", "model.safetensors", "open_clip_config.json"]
     plot_training(results["log"], output / "training.png", TITLES, top=None)
     if encoded is not None and held_out is not None:
         plot_retrieval(encoded, held_out, output / "retrieval.png")
         files.insert(2, "retrieval.png")
+    if results.get("wise_ft"):
+        plot_wise_ft(results["wise_ft"], output / "wise_ft.png")
+        files.insert(2, "wise_ft.png")
     console = Console(markup=False, emoji=False)  # classes are shown as they are written
     if results.get("retrieval"):
         console.print(_retrieval(results["retrieval"]))
@@ -49,6 +53,10 @@ def report(
     if measured:
         console.print(_classification(measured))
         console.print(_classes(measured))
+    if results.get("forgetting"):
+        console.print(_forgetting(results["forgetting"]))
+    if results.get("wise_ft"):
+        console.print(_wise_ft(results["wise_ft"]))
     if results.get("curvature"):
         console.print(_curvature(results["curvature"]))
     for collection, skipped in results["skipped"].items():
@@ -104,6 +112,28 @@ def _classes(kinds: Mapping[str, Mapping[str, Any]]) -> Table:
     if len(first) > len(largest):
         table.caption = f"{len(first) - len(largest)} more classes are in results.json"
     return table
+
+
+def _forgetting(also: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = _table("Zero-shot accuracy elsewhere, %", "", "before", "after", "change")
+    for name, found in also.items():
+        change = with_error(100 * found["change"], 100 * found["change_stderr"])
+        table.add_row(name, _accuracy(found["before"]), _accuracy(found["after"]), change)
+    return table
+
+
+def _wise_ft(points: Sequence[Mapping[str, Any]]) -> Table:
+    """From the weights before training (0) to those after it (1)."""
+    also = list(points[0]["also"])
+    table = _table("Weights between, zero-shot accuracy, %", "alpha", "the task", *also)
+    for point in points:
+        cells = [_accuracy(point["zero_shot"]), *(_accuracy(point["also"][name]) for name in also)]
+        table.add_row(f"{point['alpha']:g}", *cells)
+    return table
+
+
+def _accuracy(found: Mapping[str, float]) -> str:
+    return with_error(100 * found["accuracy"], 100 * found["stderr"])
 
 
 def _percent(share: float | None) -> str:
@@ -165,5 +195,44 @@ def plot_retrieval(
         "Green frame: the caption's own image. No frame in a row: it is not among them.",
         fontsize=10,
     )
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_wise_ft(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw accuracy elsewhere against that on the task, a curve for each collection, along the
+    weights from before training (alpha 0) to after it (1)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.6, 4.4), dpi=120, layout="constrained")
+    points = sorted(points, key=lambda point: point["alpha"])
+    task = [point["zero_shot"] for point in points]
+    for number, name in enumerate(points[0]["also"]):
+        also = [point["also"][name] for point in points]
+        axis.errorbar(
+            [100 * found["accuracy"] for found in task],
+            [100 * found["accuracy"] for found in also],
+            xerr=[100 * found["stderr"] for found in task],
+            yerr=[100 * found["stderr"] for found in also],
+            fmt="o-",
+            elinewidth=0.6,
+            color=f"C{number}",
+            label=name,
+        )
+        for point, x, y in zip(points, task, also, strict=True):
+            axis.annotate(
+                f"{point['alpha']:g}",
+                (100 * x["accuracy"], 100 * y["accuracy"]),
+                xytext=(6, 6),
+                textcoords="offset points",
+                color=f"C{number}",
+            )
+    axis.set_xlabel("zero-shot accuracy on the task, %")
+    axis.set_ylabel("zero-shot accuracy elsewhere, %")
+    axis.set_title("Weights from before training (0) to after it (1)", fontsize=10)
+    axis.legend()
     figure.savefig(path)
     plt.close(figure)

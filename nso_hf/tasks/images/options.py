@@ -195,6 +195,7 @@ class EvaluationOptions:
     _argument_group_name = "evaluation"
     _may_change = (  # when a run goes on: all is measured after training
         "evaluation",
+        "test",
         "examples_per_class",
         "fine_tune_epochs",
         "fine_tune_learning_rate",
@@ -208,6 +209,13 @@ class EvaluationOptions:
             "choices": ["linear_probe", "fine_tune", "none"],
         },
     )
+    test: bool = field(
+        default=True,
+        metadata={
+            "help": "Judge it on the test images; false leaves them unseen, as for choosing "
+            "options on validation."
+        },
+    )
     examples_per_class: int | None = field(
         default=None,
         metadata={"help": "Labelled training images of each class. Default: all there are."},
@@ -216,6 +224,11 @@ class EvaluationOptions:
     fine_tune_learning_rate: float = field(
         default=5e-4, metadata={"help": "Highest learning rate of fine-tuning."}
     )
+
+    @property
+    def judges(self) -> bool:
+        """Whether test images are asked for."""
+        return self.test and self.evaluation != "none"
 
     def __post_init__(self) -> None:
         check_choice("evaluation", self.evaluation, ["linear_probe", "fine_tune", "none"])

@@ -1,6 +1,5 @@
 """Questions answered by a model, greedily, dealt over the processes."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from nso_hf.tasks.reasoning.dealing import dealt
 from nso_hf.tasks.reasoning.prompts import PromptFormat
 
 _PADDING = 4  # tokens before a prompt that tell whether padding is seen
@@ -45,17 +45,13 @@ def answer_questions(
     mine: dict[str, Answered] = {}
     try:
         with _greedy(model, prompt_format, max_new_tokens) as stop_tokens:
-            # No larger than lets every process have a batch.
-            size = min(batch_size, math.ceil(len(prompts) / accelerator.num_processes))
             if not _heeds_padding(model, prompt_format, list(prompts.values())):
-                size = 1  # in batches of one length RWKV mixes the questions up (transformers 5.24)
-            by_length = sorted(prompts, key=lambda question: len(prompts[question]))
-            batches = [by_length[start : start + size] for start in range(0, len(prompts), size)]
-            dealt = batches[accelerator.process_index :: accelerator.num_processes]
-            # The same number for each: where weights are sharded, all take part in every pass.
-            dealt += batches[: math.ceil(len(batches) / accelerator.num_processes) - len(dealt)]
+                batch_size = 1  # at one length RWKV mixes the questions up (transformers 5.24)
+            batches = dealt(
+                list(prompts), lambda question: len(prompts[question]), batch_size, accelerator
+            )
             is_silent = not accelerator.is_local_main_process
-            for batch in tqdm(dealt, desc=description, disable=is_silent):
+            for batch in tqdm(batches, desc=description, disable=is_silent):
                 inputs = prompt_format.tokenizer.pad(
                     {"input_ids": [prompts[question] for question in batch]},
                     padding_side="right" if prompt_format.is_encoder_decoder else "left",

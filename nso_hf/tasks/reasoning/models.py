@@ -234,7 +234,7 @@ def check_lengths(
     if positions is None:
         return
     if longest_row > positions:
-        rule = f"a training text has {longest_row} tokens and the model {positions} positions"
+        rule = f"a text has {longest_row} tokens and the model {positions} positions"
         raise refusal("max_length", max_length, rule, f"Set --max_length {positions}")
     separate = model.config.is_encoder_decoder  # the prompt and the answer have their own positions
     answer = max_new_tokens

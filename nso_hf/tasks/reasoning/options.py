@@ -30,7 +30,7 @@ class Splits(NamedTuple):
 @dataclass
 class DataOptions:
     _argument_group_name = "data"
-    _may_change = ("evaluate_before",)  # when a run goes on
+    _may_change = ("evaluate_before", "test")  # when a run goes on
 
     dataset: str = field(
         metadata={
@@ -103,6 +103,13 @@ class DataOptions:
     evaluate_before: bool = field(
         default=True, metadata={"help": "Answer the test questions before training too."}
     )
+    test: bool = field(
+        default=True,
+        metadata={
+            "help": "Answer the test questions; false leaves them unanswered, as for choosing "
+            "options on validation."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_kwargs, str):
@@ -146,6 +153,10 @@ class DataOptions:
         """The reasoning-gym task, where the data are generated."""
         prefix, colon, task = self.dataset.partition(":")
         return task if colon and prefix == "reasoning_gym" else None
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.question_column, self.rationale_column, self.answer_column)
 
     def load(self, seed: int) -> Splits:
         """Training, validation and test examples; no question is in two of them.
@@ -195,7 +206,7 @@ class DataOptions:
         options: dict[str, Any] = {
             "preset": self.preset,
             "config": self.dataset_config,
-            "columns": Columns(self.question_column, self.rationale_column, self.answer_column),
+            "columns": self.columns,
         }
         train = load_examples(path, "train", **options)
         if train is None:

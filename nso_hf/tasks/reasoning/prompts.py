@@ -67,6 +67,10 @@ class PromptFormat:
         before, after = self._around
         return [*before, *self._ids(self.prompt(question)), *after]
 
+    def text_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """The special tokens that begin a text, and its own, in which nothing is special."""
+        return self._around[0], self._ids(text)
+
     def training_rows(self, example: Example) -> list[dict[str, list[int]]]:
         """One row per rationale, with labels on the completion and its end-of-text token only (-100
         elsewhere)."""
@@ -133,9 +137,9 @@ class PromptFormat:
 
     def _ids(self, text: str) -> list[int]:
         """Tokens of a text in which nothing is a special token."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         if self._special.keys().isdisjoint(ids):
             return ids
         spelt: list[int] = []  # some vocabularies have "</s>" among the pieces of words too

@@ -25,6 +25,9 @@ _CURVATURE = {
     "largest eigenvalue": ("curvature/lambda_max", "curvature/lambda_max_residual"),
 }
 
+_UNITS = {"text": ("loss", 1, "nats"), "task": ("accuracy", 100, "%")}
+"""Of further data: the measure, what it is multiplied by, and what that is."""
+
 TITLES = {
     "loss": "Loss per token, nats",
     "eval_accuracy": "Validation accuracy",
@@ -48,31 +51,61 @@ def report(results: Mapping[str, Any], output: Path) -> None:
         if values:
             console.print(f"{name}: {values[0]:.4g} in the first log, {values[-1]:.4g} in the last")
     console.print("Written:")
-    for name in ("results.json", "predictions.jsonl", "training.png"):
+    predictions = ["predictions.jsonl"] if results["after"] else []
+    for name in ("results.json", *predictions, "training.png"):
         console.print(f"  {output / name}", soft_wrap=True)
 
 
 def _table(results: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
-    after, plain = results["after"], results.get("plain")
+    plain, asked = results.get("plain"), "after" if results["after"] else "validation"
     columns = {
         "before": (results["before"], measured_before(results["log"])),
-        "NSO" if plain else "after": (after, results["curvature"]),
-        "plain": (plain["after"], plain["curvature"]) if plain else (None, None),
+        "NSO" if plain else "after": (results[asked], results["curvature"]),
+        "plain": (plain[asked], plain["curvature"]) if plain else (None, None),
     }
-    columns = {name: column for name, column in columns.items() if any(column)}
-    table = Table(title=f"Test, {after['questions']:.0f} held-out questions")
+    further = _further(results, plain)
+    columns = {
+        name: column
+        for name, column in columns.items()
+        if any(column) or (name == "before" and further)
+    }
+    kind = "Test" if asked == "after" else "Validation"
+    table = Table(title=f"{kind}, {results[asked]['questions']:.0f} held-out questions")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
     for measure, title in _MEASURES.items():
         table.add_row(title, *(_share(answered, measure) for answered, _ in columns.values()))
+    for title, cells in further:
+        table.add_row(title, *cells)
     if results["curvature"]:
         for title, (value, error) in _CURVATURE.items():
             cells = [with_error(c[value], c[error]) if c else "" for _, c in columns.values()]
             table.add_row(title, *cells)
     return table
+
+
+def _further(
+    results: Mapping[str, Any], plain: Mapping[str, Any] | None
+) -> list[tuple[str, list[str]]]:
+    """Rows of the further data: what was measured, and how it changed."""
+    runs = [results, plain] if plain else [results]
+    rows = []
+    for group in ("forgetting", "also_test"):
+        for name, first in results[group].items():
+            found = [run[group][name] for run in runs]
+            measure, scale, unit = _UNITS[first["kind"]]
+            values = [first["before"], *(each["after"] for each in found)]
+            cells = [
+                with_error(scale * v[measure], scale * v["stderr"]) if v else "" for v in values
+            ]
+            rows.append((f"{name}: {measure}, {unit}", cells))
+            changes = [(each["change"], each["change_stderr"]) for each in found]
+            cells = [with_error(scale * c, scale * e) if c is not None else "" for c, e in changes]
+            rows.append(("  change", ["", *cells]))
+    return rows
 
 
 def _share(answered: Mapping[str, float] | None, measure: str) -> str:
