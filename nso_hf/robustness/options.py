@@ -1,6 +1,6 @@
 """What survives changes to the weights, as an option of a recipe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,8 +38,8 @@ class RobustnessOptions:
             cure = "Leave it out, and measure the trained model with nso robustness"
             raise refusal("robustness", True, f"{backend.name} shards the weights", cure)
 
-    def measure(self, trainer: Trainer, examples: Sequence[Any]) -> list[dict[str, Any]]:
-        """The rows of `robustness`."""
+    def measure(self, trainer: Trainer, examples: Any) -> list[dict[str, Any]]:
+        """The rows of `robustness` on the first of these examples, a sequence."""
         collate: Callable[[list[Any]], Any] = trainer.data_collator
         number = min(self.robustness_examples, len(examples))
         size = trainer.args.per_device_eval_batch_size

@@ -73,5 +73,5 @@ def test_curvature_after_training_is_of_the_average(run):
         dict(collate([examples[i] for i in (4, 5)])),
     ]
     expected = hessian_trace(trainer, batches, num_samples=3)
-    assert found["curvature"]["curvature/trace"] == pytest.approx(expected.estimate, rel=1e-5)
+    assert found["curvature"]["trace"] == pytest.approx(expected.estimate, rel=1e-5)
     assert sum("curvature/trace" in entry for entry in found["log"]) == 1
