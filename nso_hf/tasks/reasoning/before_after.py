@@ -45,8 +45,7 @@ class BeforeAndAfter(TrainerCallback):
         self._folder = Path(str(trainer.args.output_dir))
         self._test_before: dict[str, float] | None = None
         self._before: dict[str, Measured] = {}
-        self.seconds = 0.0
-        """That measuring before training took."""
+        self.seconds = 0.0  # that measuring before training took
 
     def read(self, folder: Path) -> None:
         """What was measured before training in a run of that folder."""
