@@ -716,6 +716,22 @@ RECIPE: dict[str, Callable[[Path], object]] = {
     "resume on other data": resumed(write={"data/train.jsonl": ROWS.replace("count", "add")}),
     "resume from nowhere": recipe("--resume_from_checkpoint", "{folder}/none"),
     "curvature of no examples": recipe("--curvature_examples", "0"),
+    "forgetting of a file that is not there": recipe("--forgetting_data", "{folder}/none.txt"),
+    "forgetting of two data sets of one name": recipe(
+        "--forgetting_data", "a=reasoning_gym:chain_sum", "a=reasoning_gym:leg_counting"
+    ),
+    "forgetting of one question": recipe(
+        "--forgetting_data",
+        "{folder}/one.jsonl",
+        write={"one.jsonl": '{"question": "1 + 1 =", "answer": "2"}'},
+    ),
+    "forgetting of a text by an encoder-decoder": recipe(
+        "--forgetting_data", "{folder}/one.txt", write={"one.txt": "a b " * 999}, model="t5"
+    ),
+    "further test questions with options that are no JSON": recipe(
+        "--also_test", "reasoning_gym:chain_sum{{min_terms: 5}}"
+    ),
+    "further data of one text": recipe("--further_size", "1"),
     "plain training beside plain training": recipe("--compare_plain", "true", "--sigma", "0"),
     "pattern that matches nothing, by flag": recipe("--perturb_include", "lora_A"),
 }
@@ -889,6 +905,10 @@ CLIP: dict[str, Callable[[Path], object]] = {
         "--model", "{folder}/my-siglip.json", write={"my-siglip.json": json.dumps(SMALL_CLIP)}
     ),
     "no batches for curvature": clip_recipe("--curvature_batches", "0"),
+    "other images without a name": clip_recipe("--eval_also", "{folder}/s-001.tar"),
+    "other images for random weights": clip_recipe("--eval_also", "style={folder}/s-001.tar"),
+    "weights between without images": clip_recipe("--wise_ft", "0", "1"),
+    "weights beyond those after training": clip_recipe("--wise_ft", "0", "1.5"),
     "folder of another run": clip_recipe(write={"out/results.json": "{}"}),
 }
 

@@ -380,3 +380,51 @@ def test_the_embedded_emoji(tmp_path):
     assert len({label for label in test.labels() if label}) >= 8
     image = read_image(next(iter(test)).image)
     assert image.size == (64, 64) and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def fine_tuning(folder):
+    labelled = ["--label_column", "kind", "--templates", "name"]
+    also = ["--eval_also", f"first={folder}/s-000.tar", f"all={folder}/s-{{000..001}}.tar"]
+    return [*labelled, *also, "--wise_ft", "0", "0.5", "1"]
+
+
+def test_fine_tuning_keeps_what_it_began_with(tmp_path, capsys, interrupt_at):
+    """Also where it is interrupted: what is written, and what is measured with the first weights,
+    is as in a run to the end."""
+    main(flags(tmp_path, tmp_path / "pre", learning_rate=1e-2))
+    options = {"pretrained": tmp_path / "pre" / "model.safetensors", "learning_rate": 1e-2}
+    options |= {"zero_shot_data": tmp_path / "s-001.tar", "save_strategy": "steps", "save_steps": 2}
+    plain = flags(tmp_path, tmp_path / "plain", **options, label_column="kind", templates="name")
+    main(plain)
+    kept = [*flags(tmp_path, tmp_path / "kept", **options), *fine_tuning(tmp_path)]
+    with interrupt_at(3), pytest.raises(SystemExit, match="Interrupted at step 3"):
+        main(kept)
+    capsys.readouterr()
+    main([*kept, "--resume_from_checkpoint", "last"])
+    shown = capsys.readouterr().out
+    a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("plain", "kept"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    results = results_of(tmp_path / "kept")
+    assert results["zero_shot"] == results_of(tmp_path / "plain")["zero_shot"]
+    points = results["wise_ft"]
+    assert [point["alpha"] for point in points] == [0, 0.5, 1]
+    assert points[-1]["zero_shot"]["accuracy"] == results["zero_shot"]["top1"]
+    # The weights that it began with, evaluated by a run of their own.
+    still = flags(tmp_path, tmp_path / "still", **(options | {"learning_rate": 0}))
+    main([*still, *fine_tuning(tmp_path)])
+    first = results_of(tmp_path / "still")
+    assert points[0] == first["wise_ft"][0]
+    assert results["forgetting"]["all"]["before"] == first["forgetting"]["all"]["after"]
+    assert first["forgetting"]["all"]["change"] == 0
+    assert "Weights between" in shown and "Zero-shot accuracy elsewhere" in shown
+    assert (tmp_path / "kept" / "wise_ft.png").exists()
+
+
+def test_what_choosing_options_leaves_unseen(tmp_path):
+    main(flags(tmp_path, tmp_path / "pre", max_steps=1))
+    options = {"pretrained": tmp_path / "pre" / "model.safetensors", "test": "false"}
+    options |= {"zero_shot_data": tmp_path / "s-001.tar", "linear_probe": "true", "max_steps": 1}
+    main([*flags(tmp_path, tmp_path / "out", **options), *fine_tuning(tmp_path)])
+    results = results_of(tmp_path / "out")
+    assert results["retrieval"]["images"] == 12
+    assert not {"zero_shot", "linear_probe", "forgetting", "wise_ft"} & results.keys()

@@ -39,7 +39,9 @@ class FineTuningOptions:
         for given in self.eval_also or []:
             name, equals, data = given.partition("=")
             if not (name and equals and data):
-                raise refusal("eval_also", given, "must be NAME=DATA", "Write as style=other.tar")
+                raise refusal(
+                    "eval_also", given, "must be NAME=DATA", "Write it as style=other.tar"
+                )
             if name in named:
                 rule = f"two collections are called {name!r}"
                 raise refusal("eval_also", given, rule, "Give each a name of its own")
@@ -58,5 +60,5 @@ class FineTuningOptions:
         for option in ("eval_also", "wise_ft"):
             value = getattr(self, option)
             if value and not model.is_pretrained:
-                rule = "training begins with random weights, which can nothing that could be kept"
+                rule = "training begins with random weights, which have learned nothing to keep"
                 raise refusal(option, value, rule, "Set --pretrained, or --model local-dir:FOLDER")

@@ -200,39 +200,39 @@ def plot_retrieval(
 
 
 def plot_wise_ft(points: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw accuracy elsewhere against that on the task, a curve for each collection, along the
+    """Draw accuracy elsewhere against that on the task, a panel for each collection, along the
     weights from before training (alpha 0) to after it (1)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(5.6, 4.4), dpi=120, layout="constrained")
     points = sorted(points, key=lambda point: point["alpha"])
     task = [point["zero_shot"] for point in points]
-    for number, name in enumerate(points[0]["also"]):
+    collections = list(points[0]["also"])
+    width = max(5.5, 4 * len(collections))  # inches
+    figure, axes = plt.subplots(
+        1, len(collections), figsize=(width, 4), dpi=120, layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[0], collections, strict=True):
         also = [point["also"][name] for point in points]
-        axis.errorbar(
-            [100 * found["accuracy"] for found in task],
-            [100 * found["accuracy"] for found in also],
-            xerr=[100 * found["stderr"] for found in task],
-            yerr=[100 * found["stderr"] for found in also],
-            fmt="o-",
-            elinewidth=0.6,
-            color=f"C{number}",
-            label=name,
+        x, xerr, y, yerr = (
+            [100 * each[figure] for each in found]
+            for found in (task, also)
+            for figure in ("accuracy", "stderr")
         )
-        for point, x, y in zip(points, task, also, strict=True):
+        axis.errorbar(x, y, yerr, xerr, fmt="o-", ecolor="0.75", elinewidth=1)
+        for number, (point, *place) in enumerate(zip(points, x, y, strict=True)):
             axis.annotate(
                 f"{point['alpha']:g}",
-                (100 * x["accuracy"], 100 * y["accuracy"]),
-                xytext=(6, 6),
+                place,
+                xytext=(7, 5) if number % 2 == 0 else (-7, -13),
                 textcoords="offset points",
-                color=f"C{number}",
+                ha="left" if number % 2 == 0 else "right",
             )
-    axis.set_xlabel("zero-shot accuracy on the task, %")
-    axis.set_ylabel("zero-shot accuracy elsewhere, %")
-    axis.set_title("Weights from before training (0) to after it (1)", fontsize=10)
-    axis.legend()
+        axis.set_xlabel("zero-shot accuracy on the task, %")
+        axis.set_title(name)
+    axes[0, 0].set_ylabel("zero-shot accuracy elsewhere, %")
+    figure.suptitle("Weights from before training (0) to after it (1)", fontsize=10)
     figure.savefig(path)
     plt.close(figure)
