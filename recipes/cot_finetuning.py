@@ -10,7 +10,6 @@ choose the best checkpoint), and on test questions before training and once at i
 of `TrainingArguments` is an option too.
 """
 
-import copy
 import gc
 import json
 import time
@@ -24,16 +23,17 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 from nso_hf import NSOArguments, NSOConfig
 from nso_hf.companions.options import CompanionOptions
 from nso_hf.refusal import needs, refusal
-from nso_hf.running.checkpoints import checkpoint_to_resume, last_complete_checkpoint, resumable
+from nso_hf.running.checkpoints import checkpoint_to_resume, resumable
 from nso_hf.running.command_line import RecipeParser
 from nso_hf.running.program import run
 from nso_hf.running.readiness import check_ready
 from nso_hf.running.recorded_options import RecordedOptions, fingerprint
 from nso_hf.running.results import trained, versions
+from nso_hf.tasks.measurements import MeasurementOptions, plainly
 from nso_hf.tasks.reasoning.evaluation import METRICS, Evaluation, evaluate_answers
 from nso_hf.tasks.reasoning.examples import Example
 from nso_hf.tasks.reasoning.models import ModelOptions, check_lengths, load_model, with_lora
-from nso_hf.tasks.reasoning.options import DataOptions, MeasurementOptions, Splits
+from nso_hf.tasks.reasoning.options import DataOptions, Splits
 from nso_hf.tasks.reasoning.prompts import PromptFormat, training_rows
 from nso_hf.tasks.reasoning.report import PACKAGES, report
 from nso_hf.tasks.reasoning.trainer import AtTheBeginning, ReasoningTrainer
@@ -43,27 +43,13 @@ CONFIGS = Path(__file__).with_name("configs")
 OPTIONS = [ModelOptions, DataOptions, MeasurementOptions, CompanionOptions, NSOConfig]
 
 
-def plainly(args: NSOConfig) -> NSOConfig:
-    """The same training at sigma 0 in a folder of its own; where the other goes on, so does it."""
-    plain = copy.copy(args)
-    plain.method, plain.method_kwargs = "nso", None
-    plain.sigma, plain.log_sharpness = 0.0, False
-    output = Path(str(args.output_dir)) / "plain"
-    last = last_complete_checkpoint(output, args.world_size)
-    resumes = args.resume_from_checkpoint is not None and last is not None
-    plain.output_dir, plain.resume_from_checkpoint = str(output), str(last) if resumes else None
-    return plain
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0], configs=CONFIGS)
     model_options, data, curvature, companions, args = parser.parse(argv)
     needs("cot_finetuning.py", "recipes", *PACKAGES)
     check_ready(args, ["loss", *METRICS])
     companions.check(args)
-    if curvature.compare_plain and args.sigma == 0:
-        cure = "Raise --sigma, or leave it out"
-        raise refusal("compare_plain", True, "at sigma 0 both would be plain training", cure)
+    curvature.check(args)
     results = fine_tune(model_options, data, curvature, companions, args, args)
     if curvature.compare_plain:
         gc.collect()  # the first model, before the second is loaded

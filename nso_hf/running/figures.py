@@ -1,6 +1,7 @@
 """Numbers as people read them."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 
 
 def with_error(value: float, error: float) -> str:
@@ -15,6 +16,21 @@ def with_error(value: float, error: float) -> str:
     parts = (round(x, -last) / 10.0**shared + 0.0 for x in (value, error))
     text = " ± ".join(f"{part:.{max(0, shared - last)}f}" for part in parts)
     return f"({text})e{shared:+03d}" if shared else text
+
+
+_CURVATURE = {
+    "trace of the Hessian": ("trace", "trace_stderr"),
+    "largest eigenvalue": ("lambda_max", "lambda_max_residual"),
+}
+
+
+def curvature_rows(
+    measured: Sequence[Mapping[str, float] | None],
+) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a table that has a column for each of these measurements, or none."""
+    if any(measured):
+        for title, (value, error) in _CURVATURE.items():
+            yield title, [with_error(m[value], m[error]) if m else "" for m in measured]
 
 
 def _power(number: float) -> int:

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nso_hf.running.results import curvature_of
+
 Log = Sequence[Mapping[str, Any]]
 """`trainer.state.log_history`."""
 
 _CURVATURE = {
-    "Trace of the Hessian": ("curvature/trace", "curvature/trace_stderr"),
-    "Largest eigenvalue": ("curvature/lambda_max", "curvature/lambda_max_residual"),
+    "Trace of the Hessian": ("trace", "trace_stderr"),
+    "Largest eigenvalue": ("lambda_max", "lambda_max_residual"),
 }
 
 
@@ -53,16 +55,16 @@ def plot_training(
     plt.close(figure)
 
 
-def measured_before(log: Log) -> Mapping[str, Any] | None:
+def measured_before(log: Log) -> dict[str, float] | None:
     """The curvature of the model that training began with, if it was measured."""
-    return next((e for e in log if "curvature/trace" in e and e["step"] == 0), None)
+    return next((curvature_of(e) for e in log if "curvature/trace" in e and e["step"] == 0), None)
 
 
-def _measured(log: Log, plain_log: Log) -> dict[str, Mapping[str, Any]]:
+def _measured(log: Log, plain_log: Log) -> dict[str, Mapping[str, float]]:
     """The curvature before training and after each."""
     runs = {"NSO" if plain_log else "after": log, "plain": plain_log}
     last = {
-        name: next((e for e in reversed(entries) if "curvature/trace" in e), None)
+        name: next((curvature_of(e) for e in reversed(entries) if "curvature/trace" in e), None)
         for name, entries in runs.items()
     }
     return {name: e for name, e in {"before": measured_before(log), **last}.items() if e}

@@ -4,6 +4,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -76,9 +77,15 @@ def trained(
         "processes": backend.num_processes,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "best_validation_metric": trainer.state.best_metric,
-        "curvature": log[-1] if curvature is not None else None,
+        "curvature": curvature_of(log[-1]) if curvature is not None else None,
         "log": log,
     }
+
+
+def curvature_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a `CurvatureCallback` in an entry of the log, named without curvature/."""
+    prefix = "curvature/"
+    return {n.removeprefix(prefix): entry[n] for n in entry if n.startswith(prefix)}
 
 
 def versions() -> dict[str, str]:

@@ -115,7 +115,8 @@ def test_curvature_is_in_the_table_and_leaves_training_alone(tmp_path, capsys):
     results = json.loads((tmp_path / "watched" / "results.json").read_text())
     measured = [e for e in results["log"] if "curvature/trace" in e]
     assert [e["step"] for e in measured] == [0, 3, 4]
-    assert results["curvature"] == measured[-1]
+    figures = {"trace", "trace_stderr", "lambda_max", "lambda_max_residual", "seconds"}
+    assert results["curvature"] == {name: measured[-1][f"curvature/{name}"] for name in figures}
     rows = [line for line in printed.splitlines() if "trace of the Hessian" in line]
     (row,) = rows
     for entry in (measured[0], measured[-1]):
@@ -385,7 +386,7 @@ def test_plain_training_beside_nso(tmp_path, capsys, monkeypatch):
         expected = [entry[key] for entry in alone["log"] if key in entry]
         assert expected and [entry[key] for entry in plain["log"] if key in entry] == expected
     assert plain["after"] == alone["after"] and plain["nso_options"]["sigma"] == 0
-    assert both["curvature"]["curvature/trace"] != plain["curvature"]["curvature/trace"]
+    assert both["curvature"]["trace"] != plain["curvature"]["trace"]
     header = next(line for line in printed.splitlines() if "before" in line)
     assert header.index("before") < header.index("NSO") < header.index("plain")
     assert "'train_loss': '0'" not in printed  # where the NSO training had been finished

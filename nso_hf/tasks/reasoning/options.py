@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nso_hf.curvature.options import CurvatureOptions
 from nso_hf.refusal import refusal
 from nso_hf.running.tables import is_table
 from nso_hf.tasks.reasoning.examples import (
@@ -228,16 +227,3 @@ class DataOptions:
             splits.append(without_questions_of(examples, [e for split in splits for e in split]))
         test, validation, train = splits
         return train, validation, test
-
-
-@dataclass
-class MeasurementOptions(CurvatureOptions):
-    _may_change = (*CurvatureOptions._may_change, "compare_plain")
-
-    compare_plain: bool = field(
-        default=False,
-        metadata={
-            "help": "Train plainly (sigma 0) too, from the same start with the same data and "
-            "steps, in OUTPUT_DIR/plain, and show both."
-        },
-    )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nso_hf.running.figures import with_error
+from nso_hf.running.figures import curvature_rows
 from nso_hf.running.plots import measured_before, plot_training
 
 if TYPE_CHECKING:
@@ -18,11 +18,6 @@ _MEASURES = {
     "contains_answer": "contains the answer",
     "correct_format": "correct format",
     "complete": "complete",
-}
-
-_CURVATURE = {
-    "trace of the Hessian": ("curvature/trace", "curvature/trace_stderr"),
-    "largest eigenvalue": ("curvature/lambda_max", "curvature/lambda_max_residual"),
 }
 
 TITLES = {
@@ -68,10 +63,8 @@ def _table(results: Mapping[str, Any]) -> "Table":
         table.add_column(name, justify="right")
     for measure, title in _MEASURES.items():
         table.add_row(title, *(_share(answered, measure) for answered, _ in columns.values()))
-    if results["curvature"]:
-        for title, (value, error) in _CURVATURE.items():
-            cells = [with_error(c[value], c[error]) if c else "" for _, c in columns.values()]
-            table.add_row(title, *cells)
+    for title, cells in curvature_rows([measured for _, measured in columns.values()]):
+        table.add_row(title, *cells)
     return table
 
 
