@@ -1,7 +1,7 @@
 """A pretrained language model: where it comes from, and its adapters."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,13 +143,19 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def with_adapters(
-    model: PreTrainedModel, options: PretrainedOptions, task_type: Any, *, scale: float = 2.0
+    model: PreTrainedModel,
+    options: PretrainedOptions,
+    task_type: Any,
+    *,
+    scale: float = 2.0,
+    head: Sequence[str] = (),
 ) -> Any:
     """The model with trainable adapters of LoRA on a frozen base.
 
     Args:
         task_type: peft's.
         scale: lora_alpha over lora_r, where the options do not say it.
+        head: modules at the top of the model that are trained whole, and saved.
     """
     assert options.lora_r is not None
     from peft import LoraConfig, get_peft_model
@@ -157,6 +163,8 @@ def with_adapters(
 
     linear = (torch.nn.Linear, Conv1D)
     names = [name for name, module in model.named_modules() if isinstance(module, linear)]
+    of_head = [name for name in names if name.split(".")[0] in head]
+    names = [name for name in names if name not in of_head]
     for target in options.lora_target_modules or []:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             ends = sorted({name.rpartition(".")[2] for name in names})
@@ -169,6 +177,8 @@ def with_adapters(
         lora_alpha=options.lora_alpha or options.lora_r * scale,
         lora_dropout=options.lora_dropout,
         target_modules=options.lora_target_modules or "all-linear",
+        exclude_modules=of_head or None,
+        modules_to_save=list(head) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type=task_type,
     )

