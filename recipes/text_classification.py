@@ -121,23 +121,23 @@ def described(
 
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0], configs=CONFIGS)
-    model_options, data, protocol, measurements, companions, args = parser.parse(argv)
+    *groups, measurements, companions, args = parser.parse(argv)
     needs("text_classification.py", "text", "datasets", "peft", *PACKAGES)
     check_ready(args, METRICS)
-    for options in (protocol, measurements, companions):
+    for options in (groups[-1], measurements, companions):
         options.check(args)
-    groups = (model_options, data, protocol, measurements, companions)
-    results = classify(*groups, args, args)
+    results = trained_once(*groups, measurements, companions, args, args)
     if measurements.compare_plain:
         gc.collect()  # the first model, before the second is loaded
         if args.process_index == 0:
             print("Plain training, for comparison, from the same start.", flush=True)
-        results["plain"] = classify(*groups, plainly(args), args)
+        once = replace(measurements, curvature_steps=None)
+        results["plain"] = trained_once(*groups, once, companions, plainly(args), args)
     if args.process_index == 0:
         report(results, Path(str(args.output_dir)))
 
 
-def classify(
+def trained_once(
     model_options: ModelOptions,
     data: DataOptions,
     protocol: ProtocolOptions,
@@ -146,13 +146,11 @@ def classify(
     args: NSOConfig,
     asked: NSOConfig,
 ) -> Results:
-    """Train, evaluate and write the model; return what results.json has.
+    """Train, write the model, judge it; return what goes into results.json.
 
     `asked` are the training options of the command, which `args` are made from.
     """
     checkpoint = checkpoint_to_resume(args)
-    if args is not asked:
-        measurements = replace(measurements, curvature_steps=None)
     groups = (model_options, data, protocol, measurements, companions)
     recorded = RecordedOptions(args, *groups, checkpoint=checkpoint)
     results = Results(
@@ -161,7 +159,7 @@ def classify(
         model_options=model_options,
         data_options=data,
         protocol_options=protocol,
-        measurement_options=measurements,
+        curvature_options=measurements,
         companion_options=companions,
     )
     seed = args.data_seed if args.data_seed is not None else args.seed
@@ -182,7 +180,6 @@ def classify(
     if trainer.is_world_process_zero():
         name = model_options.model_name_or_path
         print(described(model, name, examples, cut, args), flush=True)
-    curvature = measurements.callback(trainer, rows["training"])
     with resumable(asked, lambda: trainer.state):
         results.add(
             training_examples=len(rows["training"]),

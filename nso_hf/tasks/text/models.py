@@ -124,18 +124,21 @@ def head_of(model: PreTrainedModel) -> list[str]:
 
 
 def word_pieces(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most so many pieces of words, lower case, that are frequent in texts
-    (WordPiece, as BERT's)."""
+    """A tokenizer of at most so many pieces of words, lower case, that are frequent in texts (BPE,
+    arXiv 1508.07909); the same for the same texts, which BERT's WordPiece is not: its trainer
+    numbers what goes on within a word in the order of a hash."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
-    from tokenizers.trainers import WordPieceTrainer
+    from tokenizers.trainers import BpeTrainer
 
-    special = list(_SPECIAL.values())
-    tokenizer = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
+    tokenizer = Tokenizer(models.BPE(unk_token=_SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    special = list(_SPECIAL.values())
+    trainer = BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing(
