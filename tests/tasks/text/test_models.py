@@ -89,7 +89,7 @@ def test_what_is_trained(kind):
     whole = {n for n in names if ".lora_" not in n}
     assert {
         n.replace("base_model.model.", "").replace("modules_to_save.default.", "") for n in whole
-    } == (of_head)
+    } == of_head
     assert len(names) > len(whole) and not any(n.split(".")[2] in head for n in names - whole)
 
 
