@@ -1022,6 +1022,84 @@ MAE: dict[str, Callable[[Path], object]] = {
     ),
 }
 
+TEXTS = "text,label\n" + "".join(
+    f"the {w} number {i},{w}\n" for i in range(6) for w in ("cat", "sun")
+)
+
+
+def text_recipe(
+    *flags: str, write: dict[str, str] | None = None, model: str | None = None
+) -> Callable[[Path], object]:
+    """The recipe of texts with `{folder}` standing for a folder that holds train.csv, the files of
+    `write` and the `model` of a kind."""
+
+    def run(folder: Path) -> object:
+        from recipes.text_classification import main as classify
+
+        for name, text in {"data/train.csv": TEXTS, **(write or {})}.items():
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_text(text)
+        base = {"--dataset": f"{folder}/data", "--output_dir": f"{folder}/out"}
+        base |= {"--use_cpu": "true", "--report_to": "none"}
+        if model is not None:
+            base["--model_name_or_path"] = str(save_model(model, folder / "model"))
+        given = [flag.format(folder=folder) for flag in flags]
+        rest = (word for name, word in base.items() if name not in given for word in (name, word))
+        return classify([*given, *rest])
+
+    return run
+
+
+def without_padding(folder: Path) -> object:
+    save_model("gpt2", folder / "unpadded")
+    path = folder / "unpadded" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    special = folder / "unpadded" / "special_tokens_map.json"  # of earlier versions
+    special.unlink(missing_ok=True)
+    return text_recipe("--model_name_or_path", "{folder}/unpadded")(folder)
+
+
+TEXT = {
+    "texts that do not exist": text_recipe("--dataset", "{folder}/none"),
+    "column of texts that there is not": text_recipe("--text_column", "sentence"),
+    "column of classes that there is not": text_recipe("--label_column", "stars"),
+    "text that is the class": text_recipe("--label_column", "text"),
+    "columns of the names of emoji": text_recipe(
+        *("--dataset", "emoji_languages", "--text_column", "name")
+    ),
+    "blank text": text_recipe(write={"data/train.csv": TEXTS + " ,cat\n"}),
+    "text without a class": text_recipe(write={"data/train.csv": TEXTS + "the cat,\n"}),
+    "texts of one class": text_recipe(write={"data/train.csv": "text,label\na,x\nb,x\n"}),
+    "class in the test alone": text_recipe(write={"data/test.csv": "text,label\na,dog\n"}),
+    "test split that there is not": text_recipe("--test_split", "validation"),
+    "test on the training texts": text_recipe("--test_split", "train"),
+    "more texts of a class than there are": text_recipe("--examples_per_class", "6"),
+    "no place for a text": text_recipe("--max_length", "2"),
+    "more tokens than places": text_recipe("--max_length", "1000"),
+    "more tokens than a pretrained model has places for": text_recipe(
+        "--max_length", "129", model="bert"
+    ),
+    "vocabulary of nothing": text_recipe("--vocabulary_size", "10"),
+    "adapters of a new model": text_recipe("--lora_r", "4"),
+    "adapters and a linear probe": text_recipe(
+        *("--lora_r", "4", "--linear_probe", "true"), model="bert"
+    ),
+    "adapters of modules that there are not, of a classifier": text_recipe(
+        *("--lora_r", "4", "--lora_target_modules", "classifier"), model="bert"
+    ),
+    "model that is not there": text_recipe("--model_name_or_path", "{folder}/none"),
+    "folder without a model": text_recipe("--model_name_or_path", "{folder}/data"),
+    "tokenizer without a token to pad with": without_padding,
+    "evaluation of no validation texts": text_recipe(
+        *("--validation_size", "0", "--eval_strategy", "epoch")
+    ),
+    "comparison of plain training with itself": text_recipe(
+        *("--compare_plain", "true", "--sigma", "0")
+    ),
+    "output of an earlier classifier": text_recipe(write={"out/results.json": "{}"}),
+}
+
 SECTIONS = {
     "Library": LIBRARY,
     "Companions": COMPANIONS,
@@ -1029,6 +1107,7 @@ SECTIONS = {
     "Chain-of-thought recipe": RECIPE,
     "CLIP recipe": CLIP,
     "Recipe of masked autoencoders": MAE,
+    "Recipe of texts": TEXT,
 }
 
 

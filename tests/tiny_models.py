@@ -68,6 +68,8 @@ def save_model(kind: str, path: Path) -> Path:
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 max_position_embeddings=128,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
                 **special,
             )
         )

@@ -151,6 +151,22 @@ def test_adapters(data, tmp_path, kind):
     assert accuracy(output, texts, loaded) == pytest.approx(found["test"]["accuracy"])
 
 
+def test_accumulated_micro_batches_are_the_whole_batch(data, tmp_path):
+    """Not their sum, as of models that are given num_items_in_batch and do not divide by it."""
+    options = {"model_name_or_path": save_model("bert", tmp_path / "model"), "max_steps": 2}
+    options |= {"learning_rate": 0.01, "adam_epsilon": 1e-3, "max_grad_norm": 0}
+    for steps in (1, 2):
+        accumulated = {"gradient_accumulation_steps": steps}
+        size = {"per_device_train_batch_size": 8 // steps}
+        main(flags(data, tmp_path / f"{steps}", **options, **accumulated, **size))
+    a, b = (load_file(tmp_path / f"{steps}" / "model.safetensors") for steps in (1, 2))
+    # Two steps of Adam at 0.01 with eps 1e-3: see tests/distributed/test_back_ends.py.
+    assert max((a[name] - b[name]).abs().max() for name in a) <= 2e-6
+    logs = [results_of(tmp_path / f"{steps}")["log"] for steps in (1, 2)]
+    # Of losses near ln 3, each rounded once more.
+    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-6)
+
+
 def test_linear_probe(data, tmp_path):
     model = save_model("bert", tmp_path / "model")
     options = {"model_name_or_path": model, "linear_probe": "true", "learning_rate": 1e-2}

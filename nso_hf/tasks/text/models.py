@@ -87,7 +87,7 @@ class ModelOptions(PretrainedOptions):
                 **labels,
             )
             new: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
-            return new, tokenizer
+            return _with_mean_loss(new), tokenizer
         model, loaded = load_pretrained(
             self,
             lambda config: AutoModelForSequenceClassification,
@@ -95,7 +95,7 @@ class ModelOptions(PretrainedOptions):
             **labels,
         )
         _set_padding(model, loaded, self.model_name_or_path)
-        return model, loaded
+        return _with_mean_loss(model), loaded
 
     def trainable(self, model: PreTrainedModel) -> Any:
         """The model of which the weights are trained that the options say."""
@@ -112,6 +112,14 @@ class ModelOptions(PretrainedOptions):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.split(".")[0] in head)
         return model
+
+
+def _with_mean_loss(model: PreTrainedModel) -> PreTrainedModel:
+    """Most of these models take `num_items_in_batch`, do not divide by it, and return the mean of
+    their micro-batch; the Trainer would add up these means over micro-batches and processes."""
+    untyped: Any = model
+    untyped.accepts_loss_kwargs = False
+    return model
 
 
 def head_of(model: PreTrainedModel) -> list[str]:
