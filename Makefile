@@ -12,7 +12,7 @@ $(1)/bin/python -m pytest -q $(2) -n 2 --dist loadfile --ignore tests/distribute
 $(1)/bin/python -m pytest -q $(2) tests/distributed $(if $(3),--cov=nso_hf --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95)
 endef
 
-.PHONY: help demo demo-clip test test-all test-gpu test-lowest test-newest lint coverage bench refusals methods clean
+.PHONY: help demo demo-clip demo-text test test-all test-gpu test-lowest test-newest lint coverage bench refusals methods clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +33,10 @@ $(VENV)/demo-clip: pyproject.toml
 	$(call install, PyTorch with open_clip and pictures of emoji (about 6 GB; some minutes, and a while without output), -e '.[demo-clip]')
 	touch $@
 
+$(VENV)/demo-text: pyproject.toml
+	$(call install, PyTorch and the Hugging Face libraries (about 6 GB; some minutes, and a while without output), -e '.[text]')
+	touch $@
+
 $(VENV)/dev: $(VENV)/demo
 	$(call install, what the tests and the linters need (a minute or two), -e '.[dev]')
 	touch $@
@@ -44,6 +48,10 @@ demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and N
 demo-clip: $(VENV)/demo-clip ## pretrain a small CLIP on emoji and their names with NSO (two CPU cores: under 10 minutes)
 	rm -rf runs/demo-clip
 	$(BIN)/python recipes/clip_pretraining.py --config recipes/configs/demo_clip.yaml
+
+demo-text: $(VENV)/demo-text ## train a small BERT with NSO and plainly, with 40 % of the labels wrong (two CPU cores: under 5 minutes)
+	rm -rf runs/demo-text
+	$(BIN)/python recipes/text_classification.py --config recipes/configs/demo_text.yaml
 
 test: lint ## lint, types, the quick tests with coverage
 	$(call pytest,$(VENV),-m "not slow",coverage)

@@ -9,6 +9,7 @@ COMMANDS = {
     "clip": ("nso_hf.recipes.clip_pretraining", "pretrain a model of open_clip on captions"),
     "mae": ("nso_hf.recipes.mae_pretraining", "pretrain a masked autoencoder on images"),
     "images": ("nso_hf.recipes.image_classification", "train a classifier of images"),
+    "text": ("nso_hf.recipes.text_classification", "train a classifier of texts"),
     "compare": ("nso_hf.recipes.compare", "compare methods over settings and seeds"),
     "robustness": ("nso_hf.robustness.__main__", "measure what survives changes to the weights"),
     "curvature": ("nso_hf.curvature.__main__", "measure and compare checkpoints"),

@@ -1095,6 +1095,169 @@ COMPARISON: dict[str, Callable[[Path], object]] = {
     "figure that is not there": comparison(metrics="[test.f1]"),
 }
 
+TEXTS = "text,label\n" + "".join(
+    f"the {w} number {i},{w}\n" for i in range(6) for w in ("cat", "sun")
+)
+
+
+def text_recipe(
+    *flags: str, write: dict[str, str] | None = None, model: str | None = None
+) -> Callable[[Path], object]:
+    """The recipe of texts with `{folder}` standing for a folder that holds train.csv, the files of
+    `write` and the `model` of a kind."""
+
+    def run(folder: Path) -> object:
+        from recipes.text_classification import main as classify
+
+        for name, text in {"data/train.csv": TEXTS, **(write or {})}.items():
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_text(text)
+        base = {"--dataset": f"{folder}/data", "--output_dir": f"{folder}/out"}
+        base |= {"--use_cpu": "true", "--report_to": "none"}
+        if model is not None:
+            base["--model_name_or_path"] = str(save_model(model, folder / "model"))
+        given = [flag.format(folder=folder) for flag in flags]
+        rest = (word for name, word in base.items() if name not in given for word in (name, word))
+        return classify([*given, *rest])
+
+    return run
+
+
+def without_padding(folder: Path) -> object:
+    save_model("gpt2", folder / "unpadded")
+    path = folder / "unpadded" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    special = folder / "unpadded" / "special_tokens_map.json"  # of earlier versions
+    special.unlink(missing_ok=True)
+    return text_recipe("--model_name_or_path", "{folder}/unpadded")(folder)
+
+
+TEXT = {
+    "texts that do not exist": text_recipe("--dataset", "{folder}/none"),
+    "column of texts that there is not": text_recipe("--text_column", "sentence"),
+    "column of classes that there is not": text_recipe("--label_column", "stars"),
+    "text that is the class": text_recipe("--label_column", "text"),
+    "columns of the names of emoji": text_recipe(
+        *("--dataset", "emoji_languages", "--text_column", "name")
+    ),
+    "blank text": text_recipe(write={"data/train.csv": TEXTS + " ,cat\n"}),
+    "text without a class": text_recipe(write={"data/train.csv": TEXTS + "the cat,\n"}),
+    "texts of one class": text_recipe(write={"data/train.csv": "text,label\na,x\nb,x\n"}),
+    "class in the test alone": text_recipe(write={"data/test.csv": "text,label\na,dog\n"}),
+    "test split that there is not": text_recipe("--test_split", "validation"),
+    "test on the training texts": text_recipe("--test_split", "train"),
+    "more texts of a class than there are": text_recipe("--examples_per_class", "6"),
+    "no place for a text": text_recipe("--max_length", "2"),
+    "more tokens than places": text_recipe("--max_length", "1000"),
+    "more tokens than a pretrained model has places for": text_recipe(
+        "--max_length", "129", model="bert"
+    ),
+    "vocabulary of nothing": text_recipe("--vocabulary_size", "10"),
+    "adapters of a new model": text_recipe("--lora_r", "4"),
+    "adapters and a linear probe": text_recipe(
+        *("--lora_r", "4", "--linear_probe", "true"), model="bert"
+    ),
+    "adapters of modules that there are not, of a classifier": text_recipe(
+        *("--lora_r", "4", "--lora_target_modules", "classifier"), model="bert"
+    ),
+    "model that is not there": text_recipe("--model_name_or_path", "{folder}/none"),
+    "folder without a model": text_recipe("--model_name_or_path", "{folder}/data"),
+    "tokenizer without a token to pad with": without_padding,
+    "evaluation of no validation texts": text_recipe(
+        *("--validation_size", "0", "--eval_strategy", "epoch")
+    ),
+    "comparison of plain training with itself": text_recipe(
+        *("--compare_plain", "true", "--sigma", "0")
+    ),
+    "output of an earlier classifier": text_recipe(write={"out/results.json": "{}"}),
+}
+
+
+def image_recipe(
+    *flags: str, write: Callable[[Path], object] | None = None
+) -> Callable[[Path], object]:
+    """The recipe of image classification on the digits, with other flags."""
+
+    def run(folder: Path) -> object:
+        from recipes.image_classification import main as classify
+
+        if write is not None:
+            write(folder)
+        base = {"--output_dir": f"{folder}/out", "--use_cpu": "true", "--report_to": "none"}
+        given = [flag.replace("{folder}", str(folder)) for flag in flags]
+        words = (word for name, word in base.items() if name not in given for word in (name, word))
+        return classify([*given, *words, "--max_steps", "1"])
+
+    return run
+
+
+IMAGES: dict[str, Callable[[Path], object]] = {
+    "images that do not exist": image_recipe("--data", "./none"),
+    "split that there is not": image_recipe("--test_split", "dev"),
+    "column of classes that there is not": image_recipe(
+        "--data", "{folder}/data", "--label_column", "kind", write=with_images({"train": 3})
+    ),
+    "more examples of a class than there are": image_recipe("--examples_per_class", "500"),
+    "more examples than there are": image_recipe("--train_size", "5000"),
+    "few examples in two ways": image_recipe("--train_size", "50", "--examples_per_class", "5"),
+    "validation of everything": image_recipe("--validation_size", "2000"),
+    "validation of one and a half examples": image_recipe("--validation_size", "1.5"),
+    "share of wrong labels above 1": image_recipe("--label_noise", "1.5"),
+    "evaluation without validation": image_recipe(
+        "--validation_size", "0", "--eval_strategy", "epoch"
+    ),
+    "augmentation by none and another": image_recipe("--augmentation", "none", "flip"),
+    "options of a model that are no JSON": image_recipe("--model_kwargs", "{width: 3}"),
+    "no pixels": image_recipe("--image_size", "0"),
+    "model that timm has not": image_recipe(
+        "--model_name_or_path", "timm/none", "--pretrained", "false"
+    ),
+    "model of another kind": image_recipe(
+        "--model_name_or_path", "{folder}/model", write=model_of_another_kind
+    ),
+    "plain training beside plain training": image_recipe("--compare_plain", "true", "--sigma", "0"),
+    "average, and the best model": image_recipe(
+        *("--ema_decay", "0.9", "--load_best_model_at_end", "true", "--eval_strategy", "epoch"),
+        *("--save_strategy", "epoch"),
+    ),
+    "two averages": image_recipe("--ema_decay", "0.9", "--swa_start", "0.5"),
+    "early stopping without a best model": image_recipe("--early_stopping_patience", "2"),
+    "no examples for robustness": image_recipe("--robustness_examples", "0"),
+}
+
+
+def robustness_command(*flags: str, kinds: Collection[str] = ("gpt2",)) -> Callable[[Path], object]:
+    """`nso robustness` on models of these kinds, with `{folder}` standing for where they are."""
+
+    def run(folder: Path) -> object:
+        from nso_hf.robustness.__main__ import main as measure
+
+        for kind in kinds:
+            save_model(kind, folder / kind)
+        (folder / "data.jsonl").write_text('{"text": "a text of some length"}\n' * 8)
+        words = [str(folder / kind) for kind in kinds]
+        words += ["--data", "{folder}/data.jsonl", "--output", "{folder}/out", *flags]
+        return measure([word.replace("{folder}", str(folder)) for word in words])
+
+    return run
+
+
+ROBUSTNESS: dict[str, Callable[[Path], object]] = {
+    "one bit": robustness_command("--bits", "1"),
+    "groups of no weights": robustness_command("--group_sizes", "0"),
+    "noise of deviation 0": robustness_command("--noise", "0"),
+    "negative relative noise": robustness_command("--relative_noise", "-0.1"),
+    "all weights pruned": robustness_command("--sparsity", "1"),
+    "no draws of noise": robustness_command("--num_samples", "0"),
+    "no batches": robustness_command("--num_batches", "0"),
+    "no scale of changes": robustness_command("--scales", "0"),
+    "average of one checkpoint": robustness_command("--merge"),
+    "average of models of two kinds": robustness_command("--merge", kinds=("gpt2", "llama")),
+    "base that does not exist": robustness_command("--base", "./none"),
+    "data that does not exist": robustness_command("--data", "./none.jsonl"),
+}
+
 SECTIONS = {
     "Library": LIBRARY,
     "Companions": COMPANIONS,
@@ -1102,6 +1265,9 @@ SECTIONS = {
     "Chain-of-thought recipe": RECIPE,
     "CLIP recipe": CLIP,
     "Recipe of masked autoencoders": MAE,
+    "Recipe of image classification": IMAGES,
+    "Recipe of text classification": TEXT,
+    "What survives": ROBUSTNESS,
     "Comparison": COMPARISON,
 }
 

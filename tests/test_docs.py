@@ -58,7 +58,8 @@ def _trains_as_documented(folder):
 
 def commands() -> list[str]:
     text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
-    scripts = r"recipes/(?:cot_finetuning|clip_pretraining|mae_pretraining)\.py [^`\n]*"
+    names = "cot_finetuning|clip_pretraining|mae_pretraining|text_classification"
+    scripts = rf"recipes/(?:{names})\.py [^`\n]*"
     return sorted(set(re.findall(scripts, text)))
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -35,8 +37,8 @@ def byte_tokenizer(chat: bool = False, pad: bool = True) -> PreTrainedTokenizerF
 
 
 def save_model(kind: str, path: Path) -> Path:
-    """A model of kind "gpt2", "llama" (with a chat template) or "t5" with its tokenizer, in the
-    folder `path`."""
+    """A model of kind "gpt2", "llama" (with a chat template), "bert" or "t5" with its tokenizer, in
+    the folder `path`."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer(chat=kind == "llama", pad=kind != "gpt2")
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
@@ -54,6 +56,20 @@ def save_model(kind: str, path: Path) -> Path:
                 intermediate_size=48,
                 num_hidden_layers=2,
                 num_attention_heads=2,
+                **special,
+            )
+        )
+    elif kind == "bert":
+        model = BertForMaskedLM(
+            BertConfig(
+                vocab_size=vocabulary,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=128,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
                 **special,
             )
         )

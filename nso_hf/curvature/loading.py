@@ -85,7 +85,7 @@ def _with_adapter(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
 
     config = PeftConfig.from_pretrained(path)
     saved = load_peft_weights(path, device="cpu")
-    base = _base(config, saved, options)
+    base = _base(path, config, saved, options)
     _resize_embeddings(base, saved)
     # A prompt cannot be loaded as trainable, but be made so.
     model: Any = PeftModel.from_pretrained(base, path, is_trainable=not config.is_prompt_learning)
@@ -100,7 +100,9 @@ def _with_adapter(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
     return adapted
 
 
-def _base(config: Any, saved: Mapping[str, Tensor], options: Mapping[str, Any]) -> PreTrainedModel:
+def _base(
+    adapter: str, config: Any, saved: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> PreTrainedModel:
     path = config.base_model_name_or_path
     check_checkpoint(path)
     own = _own_class(path, options)
@@ -108,8 +110,17 @@ def _base(config: Any, saved: Mapping[str, Tensor], options: Mapping[str, Any]) 
     model_class = getattr(transformers, named, None) or _TASKS.get(config.task_type, own)
     labels = [len(tensor) for name, tensor in saved.items() if name.endswith(_HEADS)]
     if labels and model_class is not own:
-        options = {**options, "num_labels": labels[0]}
+        options = {**options, "num_labels": labels[0], **_classes(adapter, labels[0])}
     return _load(model_class, path, options)
+
+
+def _classes(adapter: str, number: int) -> dict[str, Any]:
+    """What they are called, where a configuration beside the adapter says it."""
+    if not (Path(adapter) / "config.json").is_file():
+        return {}
+    config = AutoConfig.from_pretrained(adapter)
+    named = config.num_labels == number
+    return {"id2label": config.id2label, "label2id": config.label2id} if named else {}
 
 
 def _resize_embeddings(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> None:

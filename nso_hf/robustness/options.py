@@ -1,6 +1,7 @@
 """What survives changes to the weights, as an option of a recipe."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,4 +49,6 @@ class RobustnessOptions:
             for start in range(0, number, size)
         ]
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "merge_and_unload"):  # of adapters, what they make of weights
+            model = deepcopy(model).merge_and_unload()
         return [asdict(row) for row in robustness(model, batches)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedModel,
@@ -194,9 +195,13 @@ def _sized(config: Any, pixels: Pixels) -> Any:
 
 def _config(name: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         raise _unreadable(name, error) from error
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        rule = f"a model of type {config.model_type!r} is no classifier of images"
+        raise refusal("model_name_or_path", name, rule, _CURE)
+    return config
 
 
 def _own_options(name: str) -> dict[str, Any]:

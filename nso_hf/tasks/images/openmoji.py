@@ -63,7 +63,7 @@ def _rows(size: int) -> list[dict[str, object]]:
         name = entry["en"].strip(":").replace("_", " ")
         is_flag = 0x1F1E6 <= points[0] <= 0x1F1FF
         found.append((str(file), f"flag of {name}" if is_flag else name))
-    concepts = sorted({_concept(caption) for _, caption in found})
+    concepts = sorted({concept(caption) for _, caption in found})
     held_out = set(concepts[::_HELD_OUT])
     return [
         {
@@ -72,13 +72,14 @@ def _rows(size: int) -> list[dict[str, object]]:
             ),
             "caption": caption,
             "label": _kind(caption),
-            "is_held_out": _concept(caption) in held_out,
+            "is_held_out": concept(caption) in held_out,
         }
         for path, caption in found
     ]
 
 
-def _concept(caption: str) -> str:
+def concept(caption: str) -> str:
+    """What variants of an emoji have in common: woman running, man running."""
     return " ".join(_VARIANTS.sub(" ", caption.lower()).split())
 
 

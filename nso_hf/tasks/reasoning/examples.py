@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nso_hf.refusal import refusal
-from nso_hf.running.tables import kind
-from nso_hf.tasks.reasoning.sources import Row, Source, open_split
+from nso_hf.running.sources import Row, RowError, Source, open_split, text_of
 
 
 @dataclass(frozen=True)
@@ -29,30 +28,8 @@ class Columns:
     answer: str = "answer"
 
 
-class RowError(ValueError):
-    """What is wrong with a row, and what to do about it."""
-
-    def __init__(
-        self, cause: str, cure: str = "Write one text there, or leave the row out"
-    ) -> None:
-        super().__init__(cause)
-        self.cure = cure
-
-
-def _text(row: Row, name: str) -> str:
-    """The text, number or truth value in a column, as it was written."""
-    value = row[name]
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value != value:
-        raise RowError(f"{name!r} is not a number (NaN)")
-    if not isinstance(value, str | int | float):
-        raise RowError(f"{name!r} is {kind(value)}")
-    return str(value)
-
-
 def _question(row: Row, columns: Columns) -> str:
-    text = _text(row, columns.question)
+    text = text_of(row, columns.question)
     if not text.strip():
         raise RowError(f"{columns.question!r} is blank")
     return text
@@ -62,20 +39,20 @@ def _rationales(row: Row, name: str) -> tuple[str, ...]:
     """Those that a column holds, one or a list of several: blank ones are none."""
     found = row.get(name)
     several = found if isinstance(found, list) else [found]
-    texts = [_text({name: one}, name) for one in several if one is not None]
+    texts = [text_of({name: one}, name) for one in several if one is not None]
     return tuple(text for text in texts if text.strip())
 
 
 def _plain(row: Row, columns: Columns) -> Example:
     rationales = _rationales(row, columns.rationale)
-    return Example(_question(row, columns), _text(row, columns.answer), rationales)
+    return Example(_question(row, columns), text_of(row, columns.answer), rationales)
 
 
 _THOUSANDS = re.compile(r"[^\d()\[\]{}]*\d{1,3}(?:,\d{3})+(?:\.\d+)?[^\d,()\[\]{}]*")
 
 
 def _gsm8k(row: Row, columns: Columns) -> Example:
-    text = _text(row, columns.answer)
+    text = text_of(row, columns.answer)
     rationale, marker, answer = (part.strip() for part in text.rpartition("####"))
     if not marker or not answer:
         cause = f"preset gsm8k expects 'rationale #### answer', not {text[-60:]!r}"
@@ -101,7 +78,7 @@ def _commonsense_qa(row: Row, columns: Columns) -> Example:
 
 def _strategy_qa(row: Row, columns: Columns) -> Example:
     facts = _rationales(row, columns.rationale if columns.rationale in row else "facts")
-    answer = _text(row, columns.answer)
+    answer = text_of(row, columns.answer)
     answer = {"true": "yes", "false": "no"}.get(answer.lower(), answer)
     return Example(_question(row, columns), answer, (" ".join(facts),) if facts else ())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nso_hf.refusal import Refusal, check_integer, refusal
+from nso_hf.running.sources import open_split
 from nso_hf.running.tables import encoding_of, is_table
 from nso_hf.tasks.reasoning.examples import (
     PRESETS,
@@ -21,7 +22,6 @@ from nso_hf.tasks.reasoning.examples import (
 )
 from nso_hf.tasks.reasoning.generated import generate_examples
 from nso_hf.tasks.reasoning.prompts import PromptFormat
-from nso_hf.tasks.reasoning.sources import open_split
 from nso_hf.tasks.reasoning.texts import Piece, pieces
 
 _SPEC = re.compile(r"(?:([\w.-]+)=)?(.+)", re.DOTALL)

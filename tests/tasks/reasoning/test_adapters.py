@@ -32,9 +32,9 @@ SIZES = {
     ],
 )
 def test_experts_without_adapters_are_named(model, frozen, caplog, monkeypatch):
-    monkeypatch.setattr(logging.get_logger("nso_hf.tasks.reasoning.models"), "propagate", True)
+    monkeypatch.setattr(logging.get_logger("nso_hf.tasks.pretrained"), "propagate", True)
     fused = [name for name, p in model.named_parameters() if p.ndim == 3]
-    with caplog.at_level("WARNING", logger="nso_hf.tasks.reasoning.models"):
+    with caplog.at_level("WARNING", logger="nso_hf.tasks.pretrained"):
         adapted = with_lora(model, ModelOptions("m", lora_r=2), False)
     said = [message for message in caplog.messages if "experts" in message]
     assert len(said) == bool(frozen)

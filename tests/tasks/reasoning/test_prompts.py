@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from nso_hf.tasks.pretrained import check_vocabulary
 from nso_hf.tasks.reasoning.examples import Example
-from nso_hf.tasks.reasoning.models import check_vocabulary
 from nso_hf.tasks.reasoning.prompts import PromptFormat
 from tests.reference import tiny_llama
 from tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer

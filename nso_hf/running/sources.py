@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nso_hf.refusal import Refusal, refusal
-from nso_hf.running.tables import SUFFIXES, is_table, rows
+from nso_hf.running.tables import SUFFIXES, is_table, kind, rows
 
 Row = Mapping[str, Any]
 Source = tuple[str, Iterable[Row]]
@@ -15,6 +15,33 @@ Source = tuple[str, Iterable[Row]]
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})$")
 _SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 """Other names of the splits."""
+
+
+class RowError(ValueError):
+    """What is wrong with a row, and what to do about it."""
+
+    def __init__(
+        self, cause: str, cure: str = "Write one text there, or leave the row out"
+    ) -> None:
+        super().__init__(cause)
+        self.cure = cure
+
+
+def text_of(row: Row, name: str) -> str:
+    """The text, number or truth value in a column, as it was written.
+
+    Raises:
+        KeyError: there is no such column.
+        RowError: something else is in it.
+    """
+    value = row[name]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value != value:
+        raise RowError(f"{name!r} is not a number (NaN)")
+    if not isinstance(value, str | int | float):
+        raise RowError(f"{name!r} is {kind(value)}")
+    return str(value)
 
 
 def open_split(

@@ -1,0 +1,1 @@
+"""Classification of texts: where they come from, their tokens, and the models."""
