@@ -12,7 +12,7 @@ $(1)/bin/python -m pytest -q $(2) -n 2 --dist loadfile --ignore tests/distribute
 $(1)/bin/python -m pytest -q $(2) tests/distributed $(if $(3),--cov=nso_hf --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95)
 endef
 
-.PHONY: help demo demo-clip demo-text test test-all test-gpu test-lowest test-newest lint coverage bench refusals methods clean
+.PHONY: help demo demo-clip demo-images demo-text test test-all test-gpu test-lowest test-newest lint coverage bench refusals methods clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +33,10 @@ $(VENV)/demo-clip: pyproject.toml
 	$(call install, PyTorch with open_clip and pictures of emoji (about 6 GB; some minutes, and a while without output), -e '.[demo-clip]')
 	touch $@
 
+$(VENV)/demo-images: pyproject.toml
+	$(call install, PyTorch and the Hugging Face libraries (about 6 GB; some minutes, and a while without output), -e '.[images]')
+	touch $@
+
 $(VENV)/demo-text: pyproject.toml
 	$(call install, PyTorch and the Hugging Face libraries (about 6 GB; some minutes, and a while without output), -e '.[text]')
 	touch $@
@@ -48,6 +52,10 @@ demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and N
 demo-clip: $(VENV)/demo-clip ## pretrain a small CLIP on emoji and their names with NSO (two CPU cores: under 10 minutes)
 	rm -rf runs/demo-clip
 	$(BIN)/python recipes/clip_pretraining.py --config recipes/configs/demo_clip.yaml
+
+demo-images: $(VENV)/demo-images ## train a small network on digits with NSO and plainly, with 40 % of the labels wrong (two CPU cores: under 5 minutes)
+	rm -rf runs/demo-images
+	$(BIN)/python recipes/image_classification.py --config recipes/configs/demo_images.yaml
 
 demo-text: $(VENV)/demo-text ## train a small BERT with NSO and plainly, with 40 % of the labels wrong (two CPU cores: under 5 minutes)
 	rm -rf runs/demo-text
