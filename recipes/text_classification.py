@@ -2,7 +2,7 @@ r"""Train a classifier of texts with Noise Stability Optimization.
 
     python recipes/text_classification.py --config recipes/configs/demo_text.yaml
     python recipes/text_classification.py --model_name_or_path bert-base-uncased \
-        --dataset reviews.csv --label_column stars --label_noise 0.2 --output_dir runs/reviews
+        --dataset stanfordnlp/imdb --label_noise 0.2 --output_dir runs/imdb
 
 All weights are trained, or adapters with --lora_r, or the head alone with --linear_probe. It is
 evaluated on validation texts (with --eval_strategy during training too) and, once, on test texts;
@@ -121,11 +121,12 @@ def described(
 
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0], configs=CONFIGS)
-    *groups, measurements, companions, args = parser.parse(argv)
+    model_options, data, protocol, measurements, companions, args = parser.parse(argv)
     needs("text_classification.py", "text", "datasets", "peft", *PACKAGES)
     check_ready(args, METRICS)
-    for options in (groups[-1], measurements, companions):
+    for options in (protocol, measurements, companions):
         options.check(args)
+    groups = (model_options, data, protocol)
     results = trained_once(*groups, measurements, companions, args, args)
     if measurements.compare_plain:
         gc.collect()  # the first model, before the second is loaded
