@@ -8,6 +8,7 @@ COMMANDS = {
     "cot": ("nso_hf.recipes.cot_finetuning", "fine-tune a language model on chains of thought"),
     "clip": ("nso_hf.recipes.clip_pretraining", "pretrain a model of open_clip on captions"),
     "mae": ("nso_hf.recipes.mae_pretraining", "pretrain a masked autoencoder on images"),
+    "images": ("nso_hf.recipes.image_classification", "train a classifier of images"),
     "curvature": ("nso_hf.curvature.__main__", "measure and compare checkpoints"),
 }
 """Name -> the module whose `main` it is, and what it does."""
