@@ -9,6 +9,7 @@ COMMANDS = {
     "clip": ("nso_hf.recipes.clip_pretraining", "pretrain a model of open_clip on captions"),
     "mae": ("nso_hf.recipes.mae_pretraining", "pretrain a masked autoencoder on images"),
     "text": ("nso_hf.recipes.text_classification", "train a classifier of texts"),
+    "images": ("nso_hf.recipes.image_classification", "train a classifier of images"),
     "curvature": ("nso_hf.curvature.__main__", "measure and compare checkpoints"),
 }
 """Name -> the module whose `main` it is, and what it does."""

@@ -169,7 +169,7 @@ def pretrain(
     args: MAEConfig,
 ) -> None:
     """From data to results, for options that were read without these packages."""
-    from nso_hf.tasks.images.models import load_autoencoder, write_preprocessor
+    from nso_hf.tasks.images.models import load_autoencoder
     from nso_hf.tasks.images.report import report
 
     check_ready(args, ["loss"])
@@ -214,7 +214,7 @@ def pretrain(
         )
         trainer.save_model()
         if is_first:
-            write_preprocessor(output, pixels.image_size, list(pixels.mean), list(pixels.std))
+            pixels.write(output)
         trainer.accelerator.wait_for_everyone()  # the model has been written
         if evaluation.evaluation != "none":
             for name, found in judged(collections, evaluation, model_options, args):

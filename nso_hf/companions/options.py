@@ -68,13 +68,13 @@ class CompanionOptions:
             cure = "Pass --load_best_model_at_end true, with --metric_for_best_model"
             raise refusal("early_stopping_patience", patience, "there is no best model", cure)
 
-    def callbacks(self) -> list[TrainerCallback]:
-        """What does it during training."""
+    def callbacks(self, *, update_bn: bool = True) -> list[TrainerCallback]:
+        """What does it during training. `update_bn`: see `AveragingCallback`."""
         made: list[TrainerCallback] = []
         if self.ema_decay is not None:
-            made.append(EMACallback(self.ema_decay, apply_at_end=True))
+            made.append(EMACallback(self.ema_decay, apply_at_end=True, update_bn=update_bn))
         if self.swa_start is not None:
-            made.append(SWACallback(start=self.swa_start, apply_at_end=True))
+            made.append(SWACallback(start=self.swa_start, apply_at_end=True, update_bn=update_bn))
         if self.l2_sp is not None:
             made.append(DistancePenalty(self.l2_sp))
         if self.early_stopping_patience is not None:

@@ -1,6 +1,6 @@
 """Measurements of curvature as options of a recipe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -46,9 +46,9 @@ class CurvatureOptions:
             if value is not None and value < 1:
                 raise refusal(option, value, "must be at least 1", "Give a positive number")
 
-    def callback(self, trainer: Trainer, examples: Sequence[Any]) -> CurvatureCallback | None:
-        """What measures it on the first of these examples, if anything does; what is measured after
-        training is so by `measure`."""
+    def callback(self, trainer: Trainer, examples: Any) -> CurvatureCallback | None:
+        """What measures it on the first of these examples, rows or a data set of PyTorch's, if
+        anything does; what is measured after training is so by `measure`."""
         if not self.curvature:
             return None
         collate: Callable[[list[Any]], Any] = trainer.data_collator

@@ -31,7 +31,7 @@ _FIXED = {
         "it would go on with another loss": (
             "label_smoothing_factor label_names average_tokens_across_devices "
             "coca_caption_weight coca_contrastive_weight rademacher_strength rademacher_radius "
-            "rademacher_draws"
+            "rademacher_draws mixup mixup_alpha mixup_place"
         ),
         "the data would come in another order": (
             "seed data_seed per_device_train_batch_size gradient_accumulation_steps processes "

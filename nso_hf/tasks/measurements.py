@@ -3,11 +3,14 @@
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from nso_hf.arguments import NSOConfig
 from nso_hf.curvature.options import CurvatureOptions
 from nso_hf.refusal import refusal
 from nso_hf.running.checkpoints import last_complete_checkpoint
+
+Config = TypeVar("Config", bound=NSOConfig)
 
 
 @dataclass
@@ -32,7 +35,7 @@ class MeasurementOptions(CurvatureOptions):
             raise refusal("compare_plain", True, "at sigma 0 both would be plain training", cure)
 
 
-def plainly(args: NSOConfig) -> NSOConfig:
+def plainly(args: Config) -> Config:
     """The same training at sigma 0 in a folder of its own; where the other goes on, so does it."""
     plain = copy.copy(args)
     plain.method, plain.method_kwargs = "nso", None

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -24,25 +23,13 @@ from nso_hf.tasks.clip.models import ClipModel, is_coca
 from nso_hf.tasks.clip.pairs import Pairs
 from nso_hf.tasks.clip.retrieval import METRICS, retrieval
 from nso_hf.tasks.clip.stream import PairStream
+from nso_hf.tasks.epochs import TellEpoch
 from nso_hf.trainer import NSOTrainer
 
 logger = logging.get_logger(__name__)
 
 _WITHOUT_DECAY = re.compile("bn|ln|bias|logit_scale")  # as open_clip, which adds all vectors
 _FEATURES = ("image_features", "text_features")
-
-
-class _Epoch(TrainerCallback):
-    """Tells a stream which epoch begins, or goes on after a checkpoint."""
-
-    def __init__(self, stream: PairStream) -> None:
-        self._stream = stream
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # How many epochs are over; of the one that was begun, a fraction.
-        self._stream.set_epoch(int(state.epoch or 0))
 
 
 class CLIPTrainer(NSOTrainer):
@@ -100,7 +87,7 @@ class CLIPTrainer(NSOTrainer):
             raise refusal("dataloader_drop_last", False, rule, "Set it to true")
         self._check_options(args)
         if isinstance(train_dataset, PairStream):
-            self.add_callback(_Epoch(train_dataset))
+            self.add_callback(TellEpoch(train_dataset))
         options: dict[str, Any] = {
             "caption_weight": args.coca_caption_weight,
             "contrastive_weight": args.coca_contrastive_weight,

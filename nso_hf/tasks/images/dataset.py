@@ -1,8 +1,10 @@
 """Images as models take them."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nso_hf.refusal import refusal
 from nso_hf.tasks.images.reading import read_image
 
 
@@ -25,15 +28,31 @@ class Pixels:
     std: tuple[float, ...]
     """Of each channel, its values being in [0, 1]."""
 
+    def fitted(self, image: Image.Image) -> Image.Image:
+        """A square of the model's size."""
+        size = (self.image_size, self.image_size)
+        return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+
     def of(self, image: Image.Image) -> Tensor:
         """(C, S, S), float32."""
         size = (self.image_size, self.image_size)
-        if image.size != size:
-            image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+        image = self.fitted(image)
         if self.num_channels == 1:
             image = image.convert("L")
         values = torch.from_numpy(np.array(image)).view(*size, self.num_channels).permute(2, 0, 1)
         return (values / 255 - self._column(self.mean)) / self._column(self.std)
+
+    def write(self, folder: Path) -> None:
+        """With the weights in `folder`, what `AutoImageProcessor.from_pretrained` reads to do the
+        same."""
+        size, bicubic = self.image_size, Image.Resampling.BICUBIC.value
+        config: dict[str, Any] = {"image_processor_type": "CLIPImageProcessor"}
+        config |= {"size": {"shortest_edge": size}, "resample": bicubic}
+        config |= {"crop_size": {"height": size, "width": size}}
+        config |= {"image_mean": list(self.mean), "image_std": list(self.std)}
+        config["do_convert_rgb"] = self.num_channels == 3
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
     def shown(self, pixel_values: Tensor) -> Tensor:
         """(..., C, S, S) -> (..., S, S, C) in [0, 1], as they are drawn."""
@@ -52,12 +71,18 @@ class Images(Dataset[dict[str, Tensor]]):
         stored: encoded bytes, paths, or PIL images.
         labels: the class of each; None where it has none.
         pixels: how they become tensors.
+        classes: in the order of their numbers, where the data have one.
     """
 
     def __init__(
-        self, name: str, stored: Sequence[Any], labels: Sequence[str | None], pixels: Pixels
+        self,
+        name: str,
+        stored: Sequence[Any],
+        labels: Sequence[str | None],
+        pixels: Pixels,
+        classes: Sequence[str] | None = None,
     ) -> None:
-        self.name, self.labels, self.pixels = name, labels, pixels
+        self.name, self.labels, self.pixels, self.classes = name, labels, pixels, classes
         self._stored = stored
 
     def __len__(self) -> int:
@@ -65,7 +90,20 @@ class Images(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """`pixel_values` (C, S, S)."""
-        return {"pixel_values": self.pixels.of(read_image(self._stored[index]))}
+        return {"pixel_values": self.pixels.of(self.image(index))}
+
+    def image(self, index: int) -> Image.Image:
+        """As it is stored, in RGB.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        try:
+            return read_image(self._stored[index])
+        except Exception as error:  # of its decoder: of many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            rule = f"image {index} cannot be read ({reason})"
+            raise refusal("data", self.name, rule, "Replace it, or leave it out") from error
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """(n, C, S, S)."""
@@ -82,9 +120,7 @@ class Images(Dataset[dict[str, Tensor]]):
 class Labelled(Dataset[dict[str, Any]]):
     """Some of the images, with the numbers of their classes as `labels`; `targets` has all (n,)."""
 
-    def __init__(self, images: Images, indices: Sequence[int], classes: Sequence[str]) -> None:
-        number = {label: index for index, label in enumerate(classes)}
-        numbers = [number[str(images.labels[index])] for index in indices]
+    def __init__(self, images: Images, indices: Sequence[int], numbers: Sequence[int]) -> None:
         self.images, self.indices, self.targets = images, indices, torch.tensor(numbers)
 
     def __len__(self) -> int:
@@ -92,6 +128,12 @@ class Labelled(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {**self.images[self.indices[position]], "labels": int(self.targets[position])}
+
+
+def with_classes(images: Images) -> tuple[list[int], list[str]]:
+    """The indices of those that have a class, and their classes."""
+    found = [(index, label) for index, label in enumerate(images.labels) if label is not None]
+    return [index for index, _ in found], [label for _, label in found]
 
 
 class WithTargetImages(Dataset[dict[str, Tensor]]):

@@ -49,7 +49,12 @@ def labelled_sets(
         size = examples_per_class or len(members)
         drawn += sorted(rng.choice(members, size, replace=False).tolist())
     tested = [i for i, label in enumerate(test.labels) if label is not None]
-    return Labelled(train, drawn, classes), Labelled(test, tested, classes), classes
+    number = {label: index for index, label in enumerate(classes)}
+    targets = (
+        [number[str(images.labels[index])] for index in indices]
+        for images, indices in ((train, drawn), (test, tested))
+    )
+    return Labelled(train, drawn, next(targets)), Labelled(test, tested, next(targets)), classes
 
 
 @torch.no_grad()

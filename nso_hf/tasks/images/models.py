@@ -1,11 +1,9 @@
 """Masked autoencoders of transformers, encoding images of the task to come beside."""
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,12 +138,3 @@ def _with_fixed_positions(model: ViTMAEForPreTraining) -> ViTMAEForPreTraining:
     model.vit.embeddings.position_embeddings.requires_grad_(False)
     model.decoder.decoder_pos_embed.requires_grad_(False)
     return model
-
-
-def write_preprocessor(folder: Path, image_size: int, mean: list[float], std: list[float]) -> None:
-    """With the weights in `folder`, what `AutoImageProcessor.from_pretrained` reads."""
-    size = {"height": image_size, "width": image_size}
-    config: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "size": size}
-    config |= {"image_mean": mean, "image_std": std}
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")

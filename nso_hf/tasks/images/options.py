@@ -132,43 +132,18 @@ def _normalisation(name: str, channels: int) -> tuple[tuple[float, ...], tuple[f
     return tuple(options.get("image_mean", half)), tuple(options.get("image_std", half))
 
 
-@dataclass
-class DataOptions:
-    _argument_group_name = "data"
+@dataclass(kw_only=True)
+class ColumnOptions:
+    """Where images and classes are in a collection that is opened."""
 
-    train_data: str = field(
-        metadata={
-            "help": "Images to pretrain on: digits (of scikit-learn), fashion_mnist, openmoji "
-            "(carried by pip), a folder of images, a .parquet file, a hub id."
-        }
-    )
-    target_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "The task to come: images with classes (a folder for each). Its training "
-            "images are unlabelled in pretraining, its test images unseen."
-        },
-    )
-    train_split: str = field(default="train", metadata={"help": "Split trained on, of both."})
-    test_split: str = field(default="test", metadata={"help": "Split of --target_data tested on."})
     image_column: str = field(default="image", metadata={"help": "Of a data set that has columns."})
     label_column: str = field(
-        default="label", metadata={"help": "The class of --target_data, where that has columns."}
-    )
-    validation_size: int = field(
-        default=0, metadata={"help": "Training images held out, for --eval_strategy."}
+        default="label", metadata={"help": "The class, where a data set has columns."}
     )
     fashion_mnist_folder: str = field(
         default="/usr/share/datasets/fashion-mnist",
         metadata={"help": "Where Debian's package dataset-fashion-mnist has its files."},
     )
-
-    def __post_init__(self) -> None:
-        check_integer("validation_size", self.validation_size, 0, "0 holds none out")
-        for option in ("train_data", "target_data"):
-            value = getattr(self, option)
-            if value is not None and value.startswith((".", "/")) and not Path(value).exists():
-                raise refusal(option, value, "no such file or folder", "Check the path")
 
     def open(
         self, option: str, pixels: "Pixels", *, split: str = "train_split", labelled: bool
@@ -188,6 +163,40 @@ class DataOptions:
         except Refusal as error:  # as the options are called here
             text = re.sub(r"^data=", f"{option}=", str(error))
             raise Refusal(re.sub(r"^split=", f"{split}=", text)) from error
+
+    def _check_paths(self, *options: str) -> None:
+        for option in options:
+            value = getattr(self, option)
+            if value is not None and value.startswith((".", "/")) and not Path(value).exists():
+                raise refusal(option, value, "no such file or folder", "Check the path")
+
+
+@dataclass(kw_only=True)
+class DataOptions(ColumnOptions):
+    _argument_group_name = "data"
+
+    train_data: str = field(
+        metadata={
+            "help": "Images to pretrain on: digits (of scikit-learn), fashion_mnist, openmoji "
+            "(carried by pip), a folder of images, a .parquet file, a hub id."
+        }
+    )
+    target_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "The task to come: images with classes (a folder for each). Its training "
+            "images are unlabelled in pretraining, its test images unseen."
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "Split trained on, of both."})
+    test_split: str = field(default="test", metadata={"help": "Split of --target_data tested on."})
+    validation_size: int = field(
+        default=0, metadata={"help": "Training images held out, for --eval_strategy."}
+    )
+
+    def __post_init__(self) -> None:
+        check_integer("validation_size", self.validation_size, 0, "0 holds none out")
+        self._check_paths("train_data", "target_data")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from PIL import Image
 
 from nso_hf.refusal import refusal
 from nso_hf.tasks.images.dataset import Images, Pixels
-from nso_hf.tasks.images.fashion_mnist import FOLDER, fashion_mnist
+from nso_hf.tasks.images.fashion_mnist import CLASSES, FOLDER, fashion_mnist
 from nso_hf.tasks.images.openmoji import openmoji_rows
 from nso_hf.tasks.images.stored import open_stored
 
@@ -40,8 +40,9 @@ def open_images(
     if data in NAMED:
         if split not in SPLITS:
             raise refusal("split", split, f"{data} has train and test", "Name one of them")
-        stored, labels = _named(data, split, pixels, fashion_mnist_folder)
-        return Images(f"{data}:{split}", stored, labels, pixels)
+        images, named = _named(data, split, pixels, fashion_mnist_folder)
+        order = CLASSES if data == "fashion_mnist" else None
+        return Images(f"{data}:{split}", images, named, pixels, order)
     path = Path(data)
     if not path.exists() and data.startswith((".", "/")):
         raise refusal("data", data, "no such file or folder", "Check the path")
@@ -53,8 +54,11 @@ def open_images(
         if name is not None and name not in found.column_names:
             rule = f"not in {data}, which has {', '.join(found.column_names)}"
             raise refusal(option, name, rule, "Name one of them, or use a folder for each class")
-    labels = [None] * len(found) if label_column is None else _texts(found, label_column)
-    return Images(f"{data}:{split}", _Stored(found, image_column), labels, pixels)
+    labels: list[str | None] = [None] * len(found)
+    classes = None
+    if label_column is not None:
+        labels, classes = _classes(found, label_column)
+    return Images(f"{data}:{split}", _Stored(found, image_column), labels, pixels, classes)
 
 
 def _named(
@@ -76,13 +80,18 @@ def _named(
     return [Image.fromarray(array) for array in arrays], labels
 
 
-def _texts(found: Any, column: str) -> list[str | None]:
+def _classes(found: Any, column: str) -> tuple[list[str | None], list[str] | None]:
+    """The class of each, and all that the data set names, in its order."""
     import datasets
 
     feature, values = found.features[column], list(found[column])
     if isinstance(feature, datasets.ClassLabel):
-        return [None if v is None or v < 0 else feature.names[v] for v in values]
-    return [None if value is None else str(value) for value in values]
+        labels = [None if v is None or v < 0 else feature.names[v] for v in values]
+        return labels, list(feature.names)
+    if any(isinstance(value, (list, Mapping)) for value in values):
+        cure = "Name a column with one class for each image"
+        raise refusal("label_column", column, "it holds several values for an image", cure)
+    return [None if value is None else str(value) for value in values], None
 
 
 class _Stored(Sequence[Any]):
