@@ -2,7 +2,7 @@ r"""Train a classifier of texts with Noise Stability Optimization.
 
     python recipes/text_classification.py --config recipes/configs/demo_text.yaml
     python recipes/text_classification.py --model_name_or_path bert-base-uncased \
-        --dataset reviews.csv --label_column stars --label_noise 0.2 --output_dir runs/reviews
+        --dataset stanfordnlp/imdb --label_noise 0.2 --output_dir runs/imdb
 
 All weights are trained, or adapters with --lora_r, or the head alone with --linear_probe. It is
 evaluated on validation texts (with --eval_strategy during training too) and, once, on test texts;

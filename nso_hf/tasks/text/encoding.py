@@ -26,7 +26,8 @@ def encode(
         return [], 0
     parts = [texts.texts] if texts.pairs is None else [texts.texts, texts.pairs]
     options: dict[str, Any] = {"split_special_tokens": True, "verbose": False}
-    whole = tokenizer(*parts, **options)
+    bare = {"return_attention_mask": False, "return_token_type_ids": False}
+    whole = tokenizer(*parts, **options, **bare)
     encoded = tokenizer(*parts, truncation=True, max_length=max_length, **options)
     rows: list[Row] = [
         {name: encoded[name][i] for name in encoded} | {"labels": int(label)}
