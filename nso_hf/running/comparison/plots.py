@@ -81,9 +81,9 @@ def _clouds(path: Path, points: Mapping[tuple[str, str], Points], x: str, y: str
 
 
 def _what_survives(path: Path, finished: Mapping[tuple[str, str], Any]) -> list[Path]:
-    """Accuracy, or else loss, over the strength of each kind of change to the weights: mean and
-    standard error over seeds."""
-    table: dict[tuple[str, str], dict[str, dict[float, list[Any]]]] = {}
+    """Accuracy, or else loss, as the weights are and over the strength of each kind of change to
+    them: mean and standard error over seeds."""
+    table: dict[tuple[str, str], dict[str, dict[float | None, list[Any]]]] = {}
     measure = "accuracy"
     for place, of_method in finished.items():
         changed = [row for figures in of_method for row in figures.get("robustness") or []]
@@ -93,32 +93,33 @@ def _what_survives(path: Path, finished: Mapping[tuple[str, str], Any]) -> list[
         for row in changed:
             rows = table[place].setdefault(row["kind"], {})
             rows.setdefault(row["strength"], []).append(row)
-    kinds = list(dict.fromkeys(kind for of in table.values() for kind in of))
+    kinds = list(dict.fromkeys(kind for of in table.values() for kind in of if kind != "none"))
     if not kinds:
         return []
     settings = _by_setting(table)
     figure, axes = _panels(len(settings), len(kinds))
     for row_of_axes, (setting, methods) in zip(axes, settings.items(), strict=True):
         for axis, kind in zip(row_of_axes, kinds, strict=True):
+            every = {strength for of in methods.values() for strength in of.get(kind, {})}
+            strengths = [None, *sorted(filter(None, every), reverse=kind.startswith("bits"))]
             for number, (method, of) in enumerate(methods.items()):
-                _line(axis, of.get(kind, {}), measure, number, method)
-            strengths = sorted(
-                {strength for of in methods.values() for strength in of.get(kind, {})}
-            )
-            axis.set(xlabel=kind, ylabel=measure, title=setting, xticks=strengths)
-            if kind == "bits":
-                axis.invert_xaxis()
+                rows = of.get("none", {}) | of.get(kind, {})
+                _line(axis, [rows.get(each) for each in strengths], measure, number, method)
+            labels = ["as it is" if each is None else f"{each:g}" for each in strengths]
+            axis.set(xlabel=kind, ylabel=measure, title=setting)
+            axis.set_xticks(range(len(labels)), labels)
         row_of_axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return _saved(figure, path)
 
 
-def _line(axis: Any, of: Mapping[float, Any], measure: str, number: int, label: str) -> None:
-    if of:
-        strengths = sorted(of)
-        found = [mean_and_error([row[measure] for row in of[strength]]) for strength in strengths]
+def _line(axis: Any, of: Sequence[list[Any] | None], measure: str, number: int, label: str) -> None:
+    """Of the rows at each place, where there are any."""
+    places = [place for place, rows in enumerate(of) if rows]
+    if places:
+        found = [mean_and_error([row[measure] for row in rows]) for rows in of if rows]
         means, errors = zip(*found, strict=True)
         style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)]}
-        axis.errorbar(strengths, means, yerr=errors, **style, ms=4, capsize=3, label=label)
+        axis.errorbar(places, means, yerr=errors, **style, ms=4, capsize=3, label=label)
 
 
 def _panels(rows: int, columns: int) -> tuple[Any, Any]:

@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
                     "loss": 1.0,
                 }
                 for kind, values in {
+                    "none": {None: 1},
                     "bits": {8: 1, 4: 0.9, 3: 0.7, 2: 0.3},
                     "sparsity": {0.5: 0.95, 0.7: 0.8, 0.9: 0.4},
                 }.items()
