@@ -238,18 +238,15 @@ def trained_once(
 
 
 def described(model: "PreTrainedModel", collections: Collections) -> str:
-    train = collections.train
-    learned, frozen = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad is kind) / 1e6
-        for kind in (True, False)
-    )
+    weights, train = list(model.parameters()), collections.train
+    learned = sum(p.numel() for p in weights if p.requires_grad)
+    in_all = sum(p.numel() for p in weights)
     counts = [len(c) if c else "no" for c in (collections.validation, collections.test)]
     size, wrong = train.images.pixels.image_size, len(collections.splits.wrong)
     return (
-        f"{type(model).__name__}, {learned:.2f}M of {learned + frozen:.2f}M parameters trained; "
-        f"{len(train)} training images of {size} x {size} pixels in "
-        f"{len(collections.classes)} classes, {wrong} with a wrong label; {counts[0]} validation "
-        f"and {counts[1]} test images"
+        f"{type(model).__name__}, {learned:,} of {in_all:,} parameters trained; "
+        f"{len(train)} training images of {size} x {size} pixels in {len(collections.classes)} "
+        f"classes, {wrong} with a wrong label; {counts[0]} validation and {counts[1]} test images"
     )
 
 

@@ -1174,56 +1174,131 @@ TEXT = {
 }
 
 
-def image_recipe(
+def images_recipe(
     *flags: str, write: Callable[[Path], object] | None = None
 ) -> Callable[[Path], object]:
-    """The recipe of image classification on the digits, with other flags."""
+    """The recipe of classifiers of images on the digits, with other flags."""
 
     def run(folder: Path) -> object:
-        from recipes.image_classification import main as classify
+        from recipes.image_classification import main
 
         if write is not None:
             write(folder)
-        base = {"--output_dir": f"{folder}/out", "--use_cpu": "true", "--report_to": "none"}
-        given = [flag.replace("{folder}", str(folder)) for flag in flags]
-        words = (word for name, word in base.items() if name not in given for word in (name, word))
-        return classify([*given, *words, "--max_steps", "1"])
+        base = {"output_dir": "{folder}/out", "use_cpu": "true", "report_to": "none"}
+        words = [w for n, v in base.items() for w in (f"--{n}", v)]
+        return main([word.replace("{folder}", str(folder)) for word in [*words, *flags]])
 
     return run
 
 
+def vit_folder(folder: Path) -> None:
+    """A classifier with weights for images of 8 x 8 pixels."""
+    from nso_hf.tasks.images.classifier_options import ClassifierOptions
+
+    options = ClassifierOptions()
+    pixels = options.pixels("digits")
+    options.load(["a", "b"], pixels).save_pretrained(folder / "model")
+    pixels.write(folder / "model")
+
+
+def unreadable_image(folder: Path) -> None:
+    folder_of_images(folder / "data", {"train": 3, "test": 1})
+    (folder / "data" / "train" / "dark" / "1.png").write_bytes(b"no image")
+
+
+def saved_images(**labels: list[Any]) -> Callable[[Path], object]:
+    """Splits with these labels, as `save_to_disk` writes them."""
+
+    def write(folder: Path) -> None:
+        import datasets
+
+        image = Image.new("RGB", (8, 8))
+        splits = {
+            split: datasets.Dataset.from_dict({"image": [image] * len(found), "label": found})
+            for split, found in labels.items()
+        }
+        datasets.DatasetDict(splits).save_to_disk(str(folder / "data"))
+
+    return write
+
+
+def without_timm(folder: Path) -> object:
+    with mock.patch("nso_hf.tasks.images.classifiers.find_spec", return_value=None):
+        return images_recipe(*("--model_name_or_path", "timm/resnet18", "--pretrained", "false"))(
+            folder
+        )
+
+
+def without_a_head(folder: Path) -> object:
+    from nso_hf.tasks.images.classifiers import train_head_alone
+
+    return train_head_alone(nn.Sequential(nn.Conv2d(3, 10, 1), nn.Linear(4, 4)), 10)
+
+
+_FOLDER = ("--data", "{folder}/data", "--validation_size", "0")
+_HELD_OUT = ("--test_split", "none")
+
 IMAGES: dict[str, Callable[[Path], object]] = {
-    "images that do not exist": image_recipe("--data", "./none"),
-    "split that there is not": image_recipe("--test_split", "dev"),
-    "column of classes that there is not": image_recipe(
-        "--data", "{folder}/data", "--label_column", "kind", write=with_images({"train": 3})
-    ),
-    "more examples of a class than there are": image_recipe("--examples_per_class", "500"),
-    "more examples than there are": image_recipe("--train_size", "5000"),
-    "few examples in two ways": image_recipe("--train_size", "50", "--examples_per_class", "5"),
-    "validation of everything": image_recipe("--validation_size", "2000"),
-    "validation of one and a half examples": image_recipe("--validation_size", "1.5"),
-    "share of wrong labels above 1": image_recipe("--label_noise", "1.5"),
-    "evaluation without validation": image_recipe(
+    "share of wrong labels above 1": images_recipe("--label_noise", "1.5"),
+    "all images held out for validation": images_recipe("--validation_size", "1437"),
+    "so many that a class is left without": images_recipe("--validation_size", "1435"),
+    "neither a share nor a number": images_recipe("--validation_size", "1.5"),
+    "evaluation without validation images": images_recipe(
         "--validation_size", "0", "--eval_strategy", "epoch"
     ),
-    "augmentation by none and another": image_recipe("--augmentation", "none", "flip"),
-    "options of a model that are no JSON": image_recipe("--model_kwargs", "{width: 3}"),
-    "no pixels": image_recipe("--image_size", "0"),
-    "model that timm has not": image_recipe(
-        "--model_name_or_path", "timm/none", "--pretrained", "false"
+    "more training images than there are": images_recipe("--train_size", "1500"),
+    "more of each class than there are": images_recipe("--examples_per_class", "200"),
+    "none of each class": images_recipe("--examples_per_class", "0"),
+    "two sizes": images_recipe("--examples_per_class", "2", "--train_size", "9"),
+    "test images of no split": images_recipe(*_HELD_OUT, "--test_size", "0"),
+    "unknown augmentation": images_recipe(
+        "--config",
+        "{folder}/config.yaml",
+        write=lambda folder: (folder / "config.yaml").write_text("augmentation: [rotate]"),
     ),
-    "model of another kind": image_recipe(
+    "none beside an augmentation": images_recipe("--augmentation", "none", "flip"),
+    "mixtures of nothing": images_recipe("--mixup", "true", "--mixup_alpha", "0"),
+    "no such folder of images": images_recipe("--data", "{folder}/none"),
+    "split that there is not": images_recipe(*_FOLDER, write=with_images({"train": 3})),
+    "column of classes that there is not": images_recipe(
+        *_FOLDER, "--label_column", "kind", write=with_images({"train": 3, "test": 1})
+    ),
+    "several classes for an image": images_recipe(
+        *_FOLDER, *_HELD_OUT, write=saved_images(train=[["a"], ["a", "b"]])
+    ),
+    "unreadable image": images_recipe(*_FOLDER, write=unreadable_image),
+    "class in the test alone": images_recipe(
+        *_FOLDER, write=saved_images(train=["a", "b"], test=["a", "c"])
+    ),
+    "images of one class": images_recipe(
+        *_FOLDER, write=saved_images(train=["a", "a"], test=["a"])
+    ),
+    "model that classifies no images": images_recipe(
         "--model_name_or_path", "{folder}/model", write=model_of_another_kind
     ),
-    "plain training beside plain training": image_recipe("--compare_plain", "true", "--sigma", "0"),
-    "average, and the best model": image_recipe(
-        *("--ema_decay", "0.9", "--load_best_model_at_end", "true", "--eval_strategy", "epoch"),
-        *("--save_strategy", "epoch"),
+    "no such model of timm": images_recipe(
+        "--model_name_or_path", "timm/resnet17", "--pretrained", "false"
     ),
-    "two averages": image_recipe("--ema_decay", "0.9", "--swa_start", "0.5"),
-    "early stopping without a best model": image_recipe("--early_stopping_patience", "2"),
-    "no examples for robustness": image_recipe("--robustness_examples", "0"),
+    "timm not installed": without_timm,
+    "size that the weights are not for": images_recipe(
+        *("--model_name_or_path", "{folder}/model", "--image_size", "16"), write=vit_folder
+    ),
+    "size that 4 patches do not divide": images_recipe("--image_size", "10"),
+    "size that timm's model does not take": images_recipe(
+        *("--model_name_or_path", "timm/vit_tiny_patch16_224", "--pretrained", "false"),
+        *("--image_size", "64"),
+    ),
+    "options of the model that are no JSON": images_recipe("--model_kwargs", "width: 3"),
+    "option that the model has not": images_recipe("--model_kwargs", '{"width": 3}'),
+    "linear probe without a last layer": without_a_head,
+    "plain training beside itself": images_recipe("--compare_plain", "true", "--sigma", "0"),
+    "output of an earlier training": images_recipe(
+        write=lambda folder: (
+            (folder / "out").mkdir(),
+            (folder / "out" / "results.json").write_text("{}"),
+        )
+    ),
+    "no examples for robustness": images_recipe("--robustness_examples", "0"),
 }
 
 
@@ -1265,7 +1340,7 @@ SECTIONS = {
     "Chain-of-thought recipe": RECIPE,
     "CLIP recipe": CLIP,
     "Recipe of masked autoencoders": MAE,
-    "Recipe of image classification": IMAGES,
+    "Recipe of image classifiers": IMAGES,
     "Recipe of text classification": TEXT,
     "What survives": ROBUSTNESS,
     "Comparison": COMPARISON,

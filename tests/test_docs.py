@@ -58,7 +58,7 @@ def _trains_as_documented(folder):
 
 def commands() -> list[str]:
     text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
-    names = "cot_finetuning|clip_pretraining|mae_pretraining|text_classification"
+    names = "|".join(path.stem for path in sorted((ROOT / "recipes").glob("*_*.py")))
     scripts = rf"recipes/(?:{names})\.py [^`\n]*"
     return sorted(set(re.findall(scripts, text)))
 

@@ -48,7 +48,8 @@ def plot_training(
     for axis, (title, (value, error)) in zip(axes[0][len(panels) :], bars.items(), strict=True):
         heights = [entry[value] for entry in measured.values()]
         errors = [entry[error] for entry in measured.values()]
-        axis.bar(list(measured), heights, yerr=errors, capsize=6, color=["0.7", "C0", "C1"])
+        colors = [{"before": "0.7", "plain": "C1"}.get(name, "C0") for name in measured]
+        axis.bar(list(measured), heights, yerr=errors, capsize=6, color=colors)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(f"{title} ± its error")
     figure.savefig(path, dpi=120)

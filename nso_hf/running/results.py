@@ -39,7 +39,7 @@ class Results(dict[str, Any]):
         )
 
     def add(self, **figures: Any) -> None:
-        self.update(figures, total_seconds=round(time.monotonic() - self._started, 1))
+        self.update(figures, total_seconds=round(time.monotonic() - self._started, 2))
         if self._args.process_index == 0:
             path = Path(str(self._args.output_dir)) / "results.json"
             path.write_text(json.dumps(self, indent=2) + "\n", encoding="utf-8")

@@ -368,14 +368,14 @@ def test_shipped_configs_are_valid(name, tmp_path, monkeypatch):
 def test_the_embedded_emoji(tmp_path):
     """What `make demo-clip` trains on: no concept is in both splits."""
     from nso_hf.tasks.clip.openmoji import openmoji_pairs
-    from nso_hf.tasks.images.openmoji import _concept
+    from nso_hf.tasks.images.openmoji import concept
 
     train, test = openmoji_pairs("train"), openmoji_pairs("test")
     assert len(train) > 1500 and len(test) > 350
     labelled = openmoji_pairs("test", labelled=True)
     shown = [pair.caption for pair in test if pair.label is not None]
     assert [pair.caption for pair in labelled] == shown and len(shown) < len(test)
-    concepts = [{_concept(pair.caption) for pair in pairs} for pairs in (train, test)]
+    concepts = [{concept(pair.caption) for pair in pairs} for pairs in (train, test)]
     assert concepts[0].isdisjoint(concepts[1])
     assert len({label for label in test.labels() if label}) >= 8
     image = read_image(next(iter(test)).image)

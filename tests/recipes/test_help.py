@@ -9,17 +9,24 @@ from transformers import TrainingArguments
 from nso_hf import NSOArguments
 from nso_hf.running.command_line import RecipeParser
 from nso_hf.tasks.clip.arguments import CLIPConfig
-from recipes import mae_pretraining, text_classification
+from recipes import image_classification, mae_pretraining, text_classification
 from recipes.cot_finetuning import OPTIONS
 
-KINDS = [OPTIONS, [CLIPConfig], mae_pretraining.OPTIONS, text_classification.OPTIONS]
+KINDS = [
+    OPTIONS,
+    [CLIPConfig],
+    mae_pretraining.OPTIONS,
+    image_classification.OPTIONS,
+    text_classification.OPTIONS,
+]
+IDS = ["cot", "clip", "mae", "images", "text"]
 
 
 def listed(text):
     return re.findall(r"^  (?:-h, )?--(\w+)", text, re.M)
 
 
-@pytest.mark.parametrize("kinds", KINDS, ids=["cot", "clip", "mae", "text"])
+@pytest.mark.parametrize("kinds", KINDS, ids=IDS)
 def test_own_options_come_first_and_all_of_them(kinds, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     names = listed(RecipeParser(kinds).format_help())
@@ -30,7 +37,7 @@ def test_own_options_come_first_and_all_of_them(kinds, monkeypatch):
     assert len(names) - len(own) < 30  # the training options that most runs set, of some 120
 
 
-@pytest.mark.parametrize("kinds", KINDS, ids=["cot", "clip", "mae", "text"])
+@pytest.mark.parametrize("kinds", KINDS, ids=IDS)
 def test_help_all_has_every_option(kinds, capsys):
     with pytest.raises(SystemExit) as exit_:
         RecipeParser(kinds).parse(["--help_all"])

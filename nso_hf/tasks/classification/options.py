@@ -61,8 +61,10 @@ class ProtocolOptions:
         for option in ("validation_size", "test_size"):
             value = getattr(self, option)
             check_range(option, value, 0, float("inf"), "0.1 holds out a tenth, 200 so many")
-            if value > 1 and value != int(value):
-                raise refusal(option, value, "neither a share nor a number", "Use 0.1, or 200")
+            if value >= 1:
+                if value != int(value):
+                    raise refusal(option, value, "neither a share nor a number", "Use 0.1, or 200")
+                setattr(self, option, int(value))
         check_range("label_noise", self.label_noise, 0, 1, "Typical values are 0.2 to 0.6")
 
     def check(self, args: TrainingArguments) -> None:
@@ -89,6 +91,9 @@ class ProtocolOptions:
         generator, every = torch.Generator().manual_seed(seed), torch.tensor(labels)
         rest, test = torch.arange(len(every)), torch.arange(0)
         if not has_test:
+            if self.test and not self.test_size:
+                cure = "Name a --test_split, set --test_size, or --test false"
+                raise refusal("test_size", self.test_size, "nothing to test on", cure)
             rest, test = self._held_out("test_size", every, rest, classes, generator)
         rest, validation = self._held_out("validation_size", every, rest, classes, generator)
         counts = every[rest].bincount(minlength=len(classes))

@@ -47,9 +47,10 @@ def report(results: Mapping[str, Any], output: Path) -> None:
 
 
 def _columns(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    plain = results.get("plain")
-    method = results["nso_options"]["method"]
-    name = {"nso": "NSO"}.get(method, method)
+    plain, options = results.get("plain"), results["nso_options"]
+    method = options["method"]
+    is_plain = method == "nso" and options["sigma"] == 0
+    name = "plain" if is_plain else {"nso": "NSO"}.get(method, method)
     return {name: results, "plain": plain} if plain else {name: results}
 
 

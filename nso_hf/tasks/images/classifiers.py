@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedModel,
@@ -17,8 +16,10 @@ from transformers import (
     ViTConfig,
 )
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
 
+from nso_hf.backends import shape_of
 from nso_hf.refusal import Refusal, refusal
 from nso_hf.tasks.images.dataset import Pixels
 
@@ -42,6 +43,7 @@ def new_vit(image_size: int) -> Any:
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
+        initializer_range=0.1,  # transformers' is for ten times the width: it would begin slowly
     )
 
 
@@ -106,7 +108,7 @@ def load_classifier(
             return _new(NEW[name](pixels.image_size), changes)
         if not pretrained:
             config = _timm_config(name) if name.startswith(_TIMM) else _config(name)
-            return _new(_sized(config, pixels), changes)
+            return _with_pixels(_new(_sized(config, pixels), changes), pixels)
         config = _config(name)
         if hasattr(config, "image_size"):
             changes = {"image_size": pixels.image_size} | changes
@@ -124,18 +126,25 @@ def load_classifier(
         raise
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise _unreadable(name, error) from error
-    for key, stored, wanted in found["mismatched_keys"]:
-        if wanted[0] != len(classes):
-            rule = f"the {key} of {name} is of shape {tuple(stored)}, and would be {tuple(wanted)}"
-            cure = "Leave --image_size and --model_kwargs out"
-            raise refusal("image_size", pixels.image_size, rule, cure)
-    weights = dict(model.named_parameters())
-    for key in sorted(set(found["missing_keys"]) & weights.keys()):
-        if len(weights[key]) != len(classes):
-            rule = f"it has no {key}, which would be random"
-            raise refusal("model_name_or_path", name, rule, _CURE)
+    _check_loaded(name, model, found, len(classes), pixels.image_size)
     loaded: PreTrainedModel = model
-    return loaded
+    return _with_pixels(loaded, pixels)
+
+
+def _check_loaded(
+    name: str, model: Any, found: Mapping[str, Any], classes: int, image_size: int
+) -> None:
+    """That nothing begins with random weights but a layer for the classes."""
+    every = {key: tuple(shape_of(parameter)) for key, parameter in model.named_parameters()}
+    shapes = {key: shape for key, shape in every.items() if shape[:1] != (classes,)}
+    # Before transformers 5 they come without their shapes.
+    mismatched = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    for key in sorted(shapes.keys() & set(mismatched)):
+        rule = f"the {key} of {name} is of another shape than {shapes[key]}"
+        raise refusal("image_size", image_size, rule, "Leave --image_size and --model_kwargs out")
+    for key in sorted(shapes.keys() & set(found["missing_keys"])):
+        rule = f"it has no {key}, which would be random"
+        raise refusal("model_name_or_path", name, rule, _CURE)
 
 
 def train_head_alone(model: nn.Module, classes: int) -> None:
@@ -173,7 +182,21 @@ def _new(config: Any, changes: Mapping[str, Any]) -> PreTrainedModel:
             cure = f"Name an option of {type(config).__name__}"
             raise refusal("model_kwargs", key, "the model has no such option", cure)
         setattr(config, key, value)
-    model: PreTrainedModel = AutoModelForImageClassification.from_config(config)
+    model: PreTrainedModel = AutoModelForImageClassification.from_config(
+        config, dtype=torch.float32
+    )
+    return model
+
+
+def _with_pixels(model: PreTrainedModel, pixels: Pixels) -> PreTrainedModel:
+    """Have the configuration of a model of timm say how its images are made, since nothing else is
+    read for these."""
+    own = getattr(model.config, "pretrained_cfg", None)
+    if own is not None:
+        size = pixels.image_size
+        own |= {"input_size": [pixels.num_channels, size, size], "crop_pct": 1.0}
+        own |= {"mean": list(pixels.mean), "std": list(pixels.std)}
+        own |= {"interpolation": "bicubic", "crop_mode": "center"}
     return model
 
 
@@ -195,11 +218,11 @@ def _sized(config: Any, pixels: Pixels) -> Any:
 
 def _config(name: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(name)
+        config: Any = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         raise _unreadable(name, error) from error
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        rule = f"a model of type {config.model_type!r} is no classifier of images"
+    if config.model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        rule = f"models of type {config.model_type!r} classify no images"
         raise refusal("model_name_or_path", name, rule, _CURE)
     return config
 
@@ -228,16 +251,20 @@ def _own_options(name: str) -> dict[str, Any]:
 
 
 def _timm_options(name: str) -> dict[str, Any]:
+    return _of_timm(_timm_cfg(name)) | {"num_channels": 3}
+
+
+def _timm_cfg(name: str) -> dict[str, Any]:
+    """What timm says of an architecture, or one with the name of its weights."""
     _check_timm(name)
     import timm
 
-    try:
-        found: Any = timm.get_pretrained_cfg(name.removeprefix(_TIMM))
-    except RuntimeError as error:
-        raise _unreadable(name, error) from error
-    if found is None or not timm.is_model(name.removeprefix(_TIMM)):
+    architecture = name.removeprefix(_TIMM)
+    found: Any = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    if found is None:
         raise refusal("model_name_or_path", name, "timm has no such model", _CURE)
-    return _of_timm(found.to_dict()) | {"num_channels": 3}
+    options: dict[str, Any] = found.to_dict()
+    return options
 
 
 def _of_timm(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,14 +274,10 @@ def _of_timm(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _timm_config(name: str) -> Any:
-    _check_timm(name)
-    import timm
     from transformers import TimmWrapperConfig
 
-    architecture = name.removeprefix(_TIMM)
-    config: Any = TimmWrapperConfig(architecture=architecture)
-    known: Any = timm.get_pretrained_cfg(architecture)
-    config.pretrained_cfg = known.to_dict()
+    config: Any = TimmWrapperConfig(architecture=name.removeprefix(_TIMM))
+    config.pretrained_cfg = _timm_cfg(name)
     return config
 
 
@@ -265,5 +288,5 @@ def _check_timm(name: str) -> None:
 
 
 def _unreadable(name: str, error: Exception) -> Exception:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    reason = " ".join(str(error).split())[:300].rstrip(".:") or type(error).__name__
     return refusal("model_name_or_path", name, reason, _CURE)
