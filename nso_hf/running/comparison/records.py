@@ -13,7 +13,7 @@ from typing import Any
 from nso_hf.refusal import refusal
 from nso_hf.running.comparison.plan import Record, Run
 
-_NOT_KEPT = ("log", "options")
+_NOT_KEPT = ("log", "options", "best_checkpoint")
 
 
 def record_of(
@@ -22,7 +22,8 @@ def record_of(
     """In the shape of peft's method comparison.
 
     Args:
-        results: the recipe's results.json; its logs and its list of all options are left out.
+        results: the recipe's results.json; its logs, its list of all options and the
+            path of a checkpoint are left out.
         seconds: from the start of its process to the end.
         error: what a run that failed said last.
     """
