@@ -11,13 +11,11 @@ describes the file.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import NoReturn
 
 from nso_hf.__main__ import COMMANDS
 from nso_hf.refusal import check_integer, needs, refusal
@@ -41,21 +39,11 @@ from nso_hf.running.comparison.records import (
     write_record,
 )
 from nso_hf.running.comparison.report import report
-from nso_hf.running.program import run
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n(--help lists the options)\n")
+from nso_hf.running.program import CommandParser, run
 
 
 def parser() -> argparse.ArgumentParser:
-    made = _Parser(
-        prog=sys.argv[0] if sys.argv[0].startswith("nso ") else "recipes/compare.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = CommandParser("compare", __doc__)
     add = made.add_argument
     add("file", type=Path, metavar="FILE.yaml", help="what is compared (docs/compare.md)")
     add("--output_dir", type=Path, help="in place of the file's (default: runs/compare/NAME)")
@@ -150,7 +138,7 @@ def check_figures(comparison: Comparison, one: Run, record: Record) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     comparison = read(options)
-    needs("nso compare", "recipes", "matplotlib", "rich")
+    needs("nso compare", "recipes", "matplotlib", "rich", "scipy")
     output = comparison.output_dir
     if options.report:
         records = read_records(output)

@@ -9,17 +9,20 @@ checkpoint.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from nso_hf.curvature.checkpoint import Data
+from nso_hf.curvature.data_options import (
+    add_data_options,
+    as_json,
+    check_data_options,
+    data_of,
+)
 from nso_hf.curvature.eigenvalues import hessian_eigenvalues
 from nso_hf.curvature.hessian import HVPS
-from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
+from nso_hf.curvature.loading import load_checkpoint
 from nso_hf.curvature.parameters import PRESETS
 from nso_hf.curvature.report import Report, plot_reports, print_reports
 from nso_hf.curvature.slices import loss_slice
@@ -27,38 +30,15 @@ from nso_hf.curvature.spectrum import hessian_spectrum
 from nso_hf.curvature.stability import check_sigma, noise_stability
 from nso_hf.curvature.trace import check_count, hessian_trace
 from nso_hf.refusal import refusal
-from nso_hf.running.program import run
+from nso_hf.running.program import CommandParser, run
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n(--help lists the options)\n")
+_BATCHES = 4  # of a data set, where nobody says how many
 
 
 def parser() -> argparse.ArgumentParser:
-    made = _Parser(
-        prog=sys.argv[0] if sys.argv[0].startswith("nso ") else "python -m nso_hf.curvature",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = CommandParser("curvature", __doc__)
+    add_data_options(made, split="train", num_batches=_BATCHES)
     add = made.add_argument
-    add(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folders or hub ids; loaded as float32"
-    )
-    add(
-        "--data",
-        required=True,
-        help="batches as a .pt file (torch.save of a list of dicts), or a .json, .jsonl, .csv, "
-        ".tsv or .parquet file, folder or hub id with the columns text, or prompt and completion "
-        "(language models), text and label, or image and label (classifiers)",
-    )
-    add("--split", default="train", help="of a hub id or folder (default: %(default)s)")
-    add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
-    add("--gguf_file", help="a GGUF file in the checkpoint, or in the base model of its adapters")
-    add("--batch_size", type=int, default=8, help="examples a batch (default: %(default)s)")
-    add("--num_batches", type=int, help="batches measured (default: 4; all of a .pt file)")
-    add("--max_length", type=int, default=512, help="tokens a text (default: %(default)s)")
     add(
         "--params",
         nargs="+",
@@ -97,12 +77,9 @@ def parser() -> argparse.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """Raise a `ValueError` for options that would fail later."""
-    for name in ("batch_size", "max_length", "num_samples", "num_eigenvalues"):
+    check_data_options(options)
+    for name in ("num_samples", "num_eigenvalues"):
         check_count(name, getattr(options, name))
-    if options.num_batches is not None:
-        check_count("num_batches", options.num_batches)
-    for checkpoint in options.checkpoints:
-        check_checkpoint(checkpoint, options.gguf_file)
     for name in ("slice_points", "plane_points", "spectrum_steps"):
         check_count(name, getattr(options, name), low=0)
     for name in ("slice_points", "plane_points"):
@@ -111,27 +88,12 @@ def check(options: argparse.Namespace) -> None:
             rule = "must be odd and at least 3, for W to be among the points"
             raise refusal(name, value, rule, "Use 21, or 0 for none")
     check_sigma(options.sigma)
-    if len(set(options.checkpoints)) < len(options.checkpoints):
-        rule = "names one twice"
-        raise refusal("checkpoints", options.checkpoints, rule, "Name each once")
-    if (options.output / "results.json").exists():
-        rule = "holds the results of another run"
-        raise refusal("output", str(options.output), rule, "Pass another --output")
 
 
 def measure(checkpoint: str, options: argparse.Namespace) -> Report:
     """All measurements of one checkpoint."""
     model = load_checkpoint(checkpoint, options.gguf_file)
-    data = Data(
-        path=options.data,
-        split=options.split,
-        tokenizer=options.tokenizer or checkpoint,
-        gguf_file=options.gguf_file,
-        batch_size=options.batch_size,
-        num_batches=options.num_batches,
-        max_length=options.max_length,
-    )
-    batches = data.batches(model)
+    batches = data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     names = options.params
@@ -174,15 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for checkpoint in options.checkpoints:
         reports[checkpoint] = measure(checkpoint, options)
         results = {
-            "options": {name: _json(value) for name, value in vars(options).items()},
+            "options": as_json(options),
             "checkpoints": {name: report.as_json() for name, report in reports.items()},
         }
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_reports(reports, [file, *plot_reports(reports, options.output)])
-
-
-def _json(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

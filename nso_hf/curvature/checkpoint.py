@@ -21,8 +21,6 @@ Row = Mapping[str, Any]
 Collate = Callable[[list[Row]], Batch]
 """Of rows."""
 
-_BATCHES = 4  # of a data set, where nobody says how many
-
 
 @dataclass(frozen=True)
 class Data:
@@ -35,6 +33,7 @@ class Data:
     gguf_file: str | None
     batch_size: int
     num_batches: int | None
+    """None for all."""
     max_length: int
 
     def batches(self, model: PreTrainedModel) -> list[Batch]:
@@ -86,7 +85,7 @@ class Data:
         raise refusal("data", self.path, rule, cure)
 
     def _rows(self) -> list[Row]:
-        number = self.batch_size * (_BATCHES if self.num_batches is None else self.num_batches)
+        number = None if self.num_batches is None else self.batch_size * self.num_batches
         path = Path(self.path)
         if is_table(path):
             return list(islice(rows(path), number))

@@ -12,49 +12,30 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from nso_hf.curvature.batches import Batch
-from nso_hf.curvature.checkpoint import Data
+from nso_hf.curvature.data_options import (
+    add_data_options,
+    as_json,
+    check_data_options,
+    data_of,
+)
 from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
-from nso_hf.refusal import check_integer, check_positive, refusal
+from nso_hf.refusal import check_positive, refusal
 from nso_hf.robustness.measuring import Row, check_strengths, robustness
 from nso_hf.robustness.merging import average, check_mergeable, task_arithmetic
 from nso_hf.robustness.report import described, plot_rows, print_rows
-from nso_hf.running.program import run
+from nso_hf.running.program import CommandParser, run
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n(--help lists the options)\n")
+_BATCHES = 16  # of a data set, where nobody says how many
 
 
 def parser() -> argparse.ArgumentParser:
-    made = _Parser(
-        prog=sys.argv[0] if sys.argv[0].startswith("nso ") else "python -m nso_hf.robustness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = CommandParser("robustness", __doc__)
+    add_data_options(made, split="test", num_batches=_BATCHES)
     add = made.add_argument
-    add(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folders or hub ids; loaded as float32"
-    )
-    add(
-        "--data",
-        required=True,
-        help="batches as a .pt file (torch.save of a list of dicts), or a .json, .jsonl, .csv, "
-        ".tsv or .parquet file, folder or hub id with the columns text, or prompt and completion "
-        "(language models), text and label, or image and label (classifiers)",
-    )
-    add("--split", default="test", help="of a hub id or folder (default: %(default)s)")
-    add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
-    add("--gguf_file", help="a GGUF file in the checkpoint, or in the base model of its adapters")
-    add("--batch_size", type=int, default=8, help="examples a batch (default: %(default)s)")
-    add("--num_batches", type=int, help="batches measured (default: 16; all of a .pt file)")
-    add("--max_length", type=int, default=512, help="tokens a text (default: %(default)s)")
     strengths: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
         "bits": (int, [8, 4, 3, 2], "of a weight, rounded to nearest"),
         "group_sizes": (_size, ["none", 64], "weights that share a scale; none: those of a row"),
@@ -92,10 +73,7 @@ def _size(text: str) -> int | None:
 
 def check(options: argparse.Namespace) -> None:
     """Raise a `ValueError` for options that would fail later."""
-    for name in ("batch_size", "max_length"):
-        check_integer(name, getattr(options, name), 1, "Give a positive number")
-    if options.num_batches is not None:
-        check_integer("num_batches", options.num_batches, 1, "Give a positive number")
+    check_data_options(options)
     check_strengths(
         options.bits,
         options.group_sizes,
@@ -106,16 +84,10 @@ def check(options: argparse.Namespace) -> None:
     )
     for scale in options.scales:
         check_positive("scales", scale, "Typical: 0.3 to 1")
-    for checkpoint in (*options.checkpoints, *filter(None, [options.base])):
-        check_checkpoint(checkpoint, options.gguf_file)
-    if len(set(options.checkpoints)) < len(options.checkpoints):
-        rule = "names one twice"
-        raise refusal("checkpoints", options.checkpoints, rule, "Name each once")
+    if options.base is not None:
+        check_checkpoint(options.base, options.gguf_file)
     if options.merge and len(options.checkpoints) < 2:
         raise refusal("merge", True, "there is one checkpoint", "Name two or more")
-    if (options.output / "results.json").exists():
-        rule = "holds the results of another run"
-        raise refusal("output", str(options.output), rule, "Pass another --output")
 
 
 def load(checkpoint: str, options: argparse.Namespace) -> Any:
@@ -144,17 +116,7 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
 
 def measure(name: str, checkpoint: str, model: Any, options: argparse.Namespace) -> list[Row]:
     """All measurements of one model."""
-    number = options.num_batches
-    data = Data(
-        path=options.data,
-        split=options.split,
-        tokenizer=options.tokenizer or checkpoint,
-        gguf_file=options.gguf_file,
-        batch_size=options.batch_size,
-        num_batches=16 if number is None and Path(options.data).suffix != ".pt" else number,
-        max_length=options.max_length,
-    )
-    batches: list[Batch] = data.batches(model)
+    batches = data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
     if torch.cuda.is_available():
         model.to("cuda")
 
@@ -187,8 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, checkpoint, model in models(options):
         measured[name] = measure(name, checkpoint, model, options)
         rows = {n: [dataclasses.asdict(row) for row in each] for n, each in measured.items()}
-        asked = {n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()}
-        results = {"options": asked, "checkpoints": rows}
+        results = {"options": as_json(options), "checkpoints": rows}
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_rows(measured, [file, plot_rows(measured, options.output / "robustness.png")])
 

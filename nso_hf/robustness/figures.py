@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from nso_hf.running.calibration import calibration, calibration_error
+from nso_hf.running.paired import error_of_sums, mean_of_sums
+
 Batch = Mapping[str, Any]
-_BINS = 15
 _AT_ONCE = 2**24  # logits made float32
 _TOLERANCE = 1e-2  # relative, between a loss in bfloat16 and the same one computed wider
 
@@ -29,46 +31,25 @@ class Figures:
 
     @property
     def loss(self) -> float:
-        return _mean(self.losses, self.counts)
+        return mean_of_sums(self.losses, self.counts)
 
     @property
     def loss_stderr(self) -> float:
-        return _stderr(self.losses, self.counts)
+        return error_of_sums(self.losses, self.counts)
 
     @property
     def accuracy(self) -> float | None:
-        return None if self.right is None else _mean(self.right, self.counts)
+        return None if self.right is None else mean_of_sums(self.right, self.counts)
 
     @property
     def accuracy_stderr(self) -> float | None:
-        return None if self.right is None else _stderr(self.right, self.counts)
+        return None if self.right is None else error_of_sums(self.right, self.counts)
 
     @property
     def ece(self) -> float | None:
-        """The expected calibration error over 15 bins of equal width,
-
-            sum_b n_b/n |accuracy_b - mean confidence_b|
-
-        (Guo et al., arXiv 1706.04599)."""
         if self.confidence is None or self.is_right is None:
             return None
-        bins = (self.confidence * _BINS).ceil().clamp(1, _BINS).long() - 1
-        gaps = torch.zeros(_BINS, dtype=torch.double)
-        gaps.index_add_(0, bins, self.is_right - self.confidence)
-        return gaps.abs().sum().item() / len(bins)
-
-
-def _mean(sums: Tensor, counts: Tensor) -> float:
-    return (sums.sum() / counts.sum()).item()
-
-
-def _stderr(sums: Tensor, counts: Tensor) -> float:
-    """Of a ratio of sums over examples, r = sum s_i / sum n_i, by the deltas s_i - r n_i."""
-    n = len(sums)
-    if n < 2:
-        return math.nan
-    deltas = sums - _mean(sums, counts) * counts
-    return (n / (n - 1) * deltas.square().sum()).sqrt().item() / counts.sum().item()
+        return calibration_error(calibration(self.confidence, self.is_right))
 
 
 @torch.no_grad()

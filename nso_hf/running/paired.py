@@ -5,6 +5,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+
+def mean_of_sums(sums: Tensor, counts: Tensor) -> float:
+    """The mean of what examples have several of each, by the sum s_i and the number n_i of
+    example i, both (k,): sum s / sum n."""
+    return (sums.sum() / counts.sum()).item()
+
+
+def error_of_sums(sums: Tensor, counts: Tensor) -> float:
+    """The standard error of this mean m over examples drawn at random,
+
+        sqrt(k / (k - 1) sum_i (s_i - m n_i)^2) / sum n
+
+    (that of a ratio of two means; Cochran, Sampling Techniques, 1977, equation 2.45). One example
+    alone has none (nan)."""
+    k = len(sums)
+    if k < 2:
+        return math.nan
+    deltas = sums - mean_of_sums(sums, counts) * counts
+    return (k / (k - 1) * deltas.square().sum()).sqrt().item() / counts.sum().item()
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -17,16 +40,18 @@ class Measured:
     @property
     def mean(self) -> float:
         """Per token, or question."""
-        return sum(self.sums) / sum(self.counts)
+        return mean_of_sums(*self._tensors())
 
     @property
     def stderr(self) -> float:
-        """Its standard error over texts, or questions, drawn at random: with s_i and n_i of text i
-        and the mean m = sum s / sum n, sqrt(k / (k - 1) sum_i (s_i - m n_i)^2) / sum n (that of a
-        ratio of two means; Cochran, Sampling Techniques, 1977, equation 2.45)."""
-        k, mean = len(self.sums), self.mean
-        squares = ((s - mean * n) ** 2 for s, n in zip(self.sums, self.counts, strict=True))
-        return math.sqrt(k / (k - 1) * sum(squares)) / sum(self.counts)
+        """Over texts, or questions, drawn at random."""
+        return error_of_sums(*self._tensors())
+
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        return (
+            torch.tensor(self.sums, dtype=torch.double),
+            torch.tensor(self.counts, dtype=torch.double),
+        )
 
     def summary(self, measure: str) -> dict[str, float]:
         """The mean by its name, and its standard error."""

@@ -1,5 +1,6 @@
 """How a program starts and ends, in one process or in several."""
 
+import argparse
 import io
 import json
 import os
@@ -12,6 +13,22 @@ from typing import NoReturn
 import torch
 
 from nso_hf.refusal import MissingPackage, Refusal
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Of the command `nso NAME`, whose help is the docstring of its module; a wrong option ends it
+    with a line."""
+
+    def __init__(self, name: str, doc: str | None) -> None:
+        super().__init__(
+            prog=f"nso {name}",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n(--help lists the options)\n")
 
 
 def run(main: Callable[[], None]) -> None:

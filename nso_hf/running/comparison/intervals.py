@@ -34,35 +34,8 @@ def paired_difference(
     pairs = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     if not pairs:
         return None
+    from scipy.stats import t
+
     mean, error = mean_and_error(pairs)
-    half = student_quantile(0.975, len(pairs) - 1) * error if len(pairs) > 1 else math.nan
+    half = t.ppf(0.975, len(pairs) - 1).item() * error if len(pairs) > 1 else math.nan
     return Difference(mean, mean - half, mean + half, len(pairs))
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Where Student's distribution function has this value (above a half), by bisection."""
-    low, high = 0.0, 1.0
-    while _student_distribution(high, degrees) < probability:
-        high *= 2
-    while low < (middle := (low + high) / 2) < high:
-        if _student_distribution(middle, degrees) < probability:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def _student_distribution(t: float, degrees: int) -> float:
-    """P(T <= t), by the finite series for whole degrees of freedom (Abramowitz and Stegun, 26.7.3
-    and 26.7.4, which give P(|T| <= t))."""
-    angle = math.atan(t / math.sqrt(degrees))
-    odd = degrees % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for n in range(2 + odd, degrees - 1, 2):
-        term *= (n - 1) / n * math.cos(angle) ** 2
-        total += term
-    central = math.sin(angle) * total
-    if odd:
-        central = (angle + central) * 2 / math.pi
-    return 0.5 + central / 2

@@ -9,53 +9,34 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import EvalPrediction, Trainer
 
+from nso_hf.running.calibration import calibration, calibration_error
 from nso_hf.tasks.classification.splitting import Splits
 
 METRICS = ("loss", "accuracy")
 """What is logged of each evaluation, behind eval_."""
 
-_BINS = 15
-
 
 def figures(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """Of n examples by their logits (n, classes) and labels (n,): `accuracy` with its binomial
     standard error, `mean_per_class` (accuracy, averaged over the classes that occur), `loss` (mean
-    negative log-likelihood, nats) with its standard error, `ece` and its `calibration`."""
+    negative log-likelihood, nats) with its standard error, `calibration` and the error of it,
+    `ece`."""
     logits, n = logits.double(), len(labels)
     right = (logits.argmax(dim=1) == labels).double()
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     per_class = [right[labels == label].mean() for label in labels.unique()]
-    bins = calibration(logits, labels)
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    bins = calibration(confidence, predicted == labels)
     return {
         "accuracy": right.mean().item(),
         "accuracy_stderr": _binomial(right),
         "mean_per_class": torch.stack(per_class).mean().item(),
         "loss": losses.mean().item(),
         "loss_stderr": losses.std(correction=min(1, n - 1)).item() / n**0.5,
-        "ece": sum(b["examples"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / n,
+        "ece": calibration_error(bins),
         "examples": n,
         "calibration": bins,
     }
-
-
-def calibration(logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
-    """In 15 bins of equal width by the probability of the predicted class, but for empty ones: the
-    mean of this `confidence`, the `accuracy`, and how many `examples`. The distance of the former
-    two, averaged over examples, is the expected calibration error (Guo et al.; ICML 2017, arXiv
-    1706.04599)."""
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    right = (predicted == labels).double()
-    bins = (confidence * _BINS).ceil().long().clamp(1, _BINS)
-    members = [bins == number for number in range(1, _BINS + 1)]
-    return [
-        {
-            "confidence": confidence[m].mean().item(),
-            "accuracy": right[m].mean().item(),
-            "examples": int(m.sum()),
-        }
-        for m in members
-        if m.any()
-    ]
 
 
 def memorised(logits: Tensor, given: Tensor, true: Tensor) -> dict[str, float]:
