@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nso_hf.running.results import curvature_of
+from nso_hf.running.results import curvature_of, method_of
 
 Log = Sequence[Mapping[str, Any]]
 """`trainer.state.log_history`."""
@@ -17,15 +17,19 @@ _CURVATURE = {
 
 
 def plot_training(
-    log: Log, path: Path, titles: Mapping[str, str], top: float | None, plain_log: Log = ()
+    results: Mapping[str, Any], path: Path, titles: Mapping[str, str], top: float | None
 ) -> None:
     """Plot what the Trainer logged over the steps, and the curvature where it was measured twice.
 
     Args:
+        results: of a training, and under "plain" of another to be compared with, if there is one.
         titles: name in the log -> title of a panel; the first is the training loss.
         top: upper end of the axes of shares (those named `eval_*`); None: as the data have it.
-        plain_log: of a plain training, to be compared with.
     """
+    logs = {method_of(results): results["log"]}
+    if results.get("plain"):
+        logs["plain"] = results["plain"]["log"]
+    log = results["log"]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,14 +38,14 @@ def plot_training(
     panels = [name for name in titles if _series(log, name)[0]]
     if not panels:  # a run shorter than logging_steps
         panels = ["loss"]
-    measured = _measured(log, plain_log)
+    measured = _measured(logs)
     bars = _CURVATURE if len(measured) > 1 else {}
     count = len(panels) + len(bars)
     figure, axes = plt.subplots(
         1, count, figsize=(4.2 * count, 3.5), layout="constrained", squeeze=False
     )
     for axis, name in zip(axes[0], panels, strict=False):
-        _draw_series(axis, name, log, plain_log)
+        _draw_series(axis, name, logs)
         axis.set_title(titles[name])
         if name.startswith("eval_") and top:
             axis.set_ylim(top=top)
@@ -61,37 +65,37 @@ def measured_before(log: Log) -> dict[str, float] | None:
     return next((curvature_of(e) for e in log if "curvature/trace" in e and e["step"] == 0), None)
 
 
-def _measured(log: Log, plain_log: Log) -> dict[str, Mapping[str, float]]:
+def _measured(logs: Mapping[str, Log]) -> dict[str, Mapping[str, float]]:
     """The curvature before training and after each."""
-    runs = {"NSO" if plain_log else "after": log, "plain": plain_log}
+    first, *_ = logs
     last = {
-        name: next((curvature_of(e) for e in reversed(entries) if "curvature/trace" in e), None)
-        for name, entries in runs.items()
+        "after" if len(logs) == 1 else name: next(
+            (curvature_of(e) for e in reversed(entries) if "curvature/trace" in e), None
+        )
+        for name, entries in logs.items()
     }
-    return {name: e for name, e in {"before": measured_before(log), **last}.items() if e}
+    return {name: e for name, e in {"before": measured_before(logs[first]), **last}.items() if e}
 
 
-def _draw_series(axis: Any, name: str, log: Log, plain_log: Log) -> None:
-    lines = {"NSO" if plain_log else "": (name, log), "plain": (name, plain_log)}
-    nso = "NSO " if plain_log else ""
-    if name == "loss":
-        lines = {
-            f"{nso}training, mean over evaluations": ("loss", log),
-            "plain training, at W": ("loss", plain_log),
-            f"{nso}validation, at W": ("eval_loss", log),
-            "plain validation, at W": ("eval_loss", plain_log),
-        }
+def _draw_series(axis: Any, name: str, logs: Mapping[str, Log]) -> None:
+    """One quantity of each training; with the loss in training that in evaluations."""
     highest = 0.0
-    for number, (label, (key, entries)) in enumerate(lines.items()):
-        steps, values = _series(entries, key)
-        if steps:
-            style = "s--" if key != name else "o-"
-            axis.plot(steps, values, style, markersize=3, color=f"C{number % 2}", label=label)
-            highest = max(highest, *values)
+    for number, (method, log) in enumerate(logs.items()):
+        who = f"{method} " if len(logs) > 1 else ""
+        lines = {method: name}
+        if name == "loss":
+            where = "at W" if method == "plain" else "mean over evaluations"
+            lines = {f"{who}training, {where}": "loss", f"{who}validation, at W": "eval_loss"}
+        for label, key in lines.items():
+            steps, values = _series(log, key)
+            if steps:
+                style = "s--" if key != name else "o-"
+                axis.plot(steps, values, style, markersize=3, color=f"C{number}", label=label)
+                highest = max(highest, *values)
     axis.set_xlabel("optimizer step")
     axis.set_ylim(bottom=0, top=1.1 * highest or 1)
-    if (plain_log or name == "loss") and axis.lines:
-        axis.legend()
+    if (len(logs) > 1 or name == "loss") and axis.lines:
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def _series(log: Log, name: str) -> tuple[list[float], list[float]]:

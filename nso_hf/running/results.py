@@ -82,6 +82,14 @@ def trained(
     }
 
 
+def method_of(results: Mapping[str, Any]) -> str:
+    """What a training is called in tables and pictures."""
+    options = results["nso_options"]
+    if options["method"] == "nso":
+        return "NSO" if options["sigma"] else "plain"
+    return str(options["method"])
+
+
 def curvature_of(entry: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a `CurvatureCallback` in an entry of the log, named without curvature/."""
     prefix = "curvature/"

@@ -348,8 +348,10 @@ def test_a_loss_that_is_not_a_number_still_gets_its_report(tmp_path):
     from nso_hf.tasks.reasoning.report import TITLES
 
     log = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 2.0, "eval_loss": float("inf")}]
-    plot_training(log, tmp_path / "plot.png", TITLES, top=1.0)
-    plot_training([], tmp_path / "empty.png", TITLES, top=1.0)
+    options = {"method": "nso", "sigma": 0.1}
+    for name, entries in (("plot", log), ("empty", [])):
+        results = {"log": entries, "nso_options": options}
+        plot_training(results, tmp_path / f"{name}.png", TITLES, top=1.0)
     assert (tmp_path / "plot.png").exists() and (tmp_path / "empty.png").exists()
 
 

@@ -13,6 +13,14 @@ Points = list[tuple[float, float]]
 _MARKERS = "osD^v<>pPX*h"
 
 
+def _style(number: int) -> dict[str, Any]:
+    """Of the method with this number: ten strong colours, then their ten light ones."""
+    from matplotlib import colormaps
+
+    color = colormaps["tab20"](2 * (number % 10) + number // 10 % 2)
+    return {"color": color, "marker": _MARKERS[number % len(_MARKERS)]}
+
+
 def plot(
     comparison: Comparison, planned: Sequence[Cell], records: Mapping[str, Record]
 ) -> list[Path]:
@@ -70,7 +78,7 @@ def _clouds(path: Path, points: Mapping[tuple[str, str], Points], x: str, y: str
     for axis, (setting, methods) in zip(axes[:, 0], settings.items(), strict=True):
         for number, (method, of) in enumerate(methods.items()):
             if of:
-                style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)]}
+                style = _style(number)
                 axis.scatter(*zip(*of, strict=True), s=12, alpha=0.35, linewidths=0, **style)
                 (mean_x, error_x), (mean_y, error_y) = map(mean_and_error, zip(*of, strict=True))
                 bars = {"xerr": error_x, "yerr": error_y} if len(of) > 1 else {}
@@ -118,8 +126,7 @@ def _line(axis: Any, of: Sequence[list[Any] | None], measure: str, number: int, 
     if places:
         found = [mean_and_error([row[measure] for row in rows]) for rows in of if rows]
         means, errors = zip(*found, strict=True)
-        style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)]}
-        axis.errorbar(places, means, yerr=errors, **style, ms=4, capsize=3, label=label)
+        axis.errorbar(places, means, yerr=errors, **_style(number), ms=4, capsize=3, label=label)
 
 
 def _panels(rows: int, columns: int) -> tuple[Any, Any]:

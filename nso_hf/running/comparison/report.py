@@ -58,7 +58,8 @@ def _print(
     for setting, group in groupby(found, lambda row: row.setting):
         table = Table(title=setting or comparison.recipe.stem)
         for number, title in enumerate(titles):
-            table.add_column(title, justify="left" if number == 0 else "right", overflow="fold")
+            folded = title.replace(".", ".\n").replace(": ", ":\n")
+            table.add_column(folded, justify="left" if number == 0 else "right", overflow="fold")
         chosen = []
         for row in group:
             *texts, last = texts_of(row)

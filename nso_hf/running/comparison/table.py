@@ -206,8 +206,9 @@ def notes(
             )
     made += _unequal_times(comparison, found)
     finished = [numbers(record["train_info"]["metrics"]) for record in records.values()]
+    has_figures = any(row.count for row in found)
     for metric in comparison.metrics[1:]:
-        if found and not any(row.values[metric] for row in found) and any(finished):
+        if has_figures and not any(row.values[metric] for row in found):
             there = nearest(metric, sorted({name for of in finished for name in of}))
             made.append(f"No run has {metric}. There are: {there}.")
     if len(comparison.seeds) < 5:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nso_hf.running.figures import curvature_rows, with_error
 from nso_hf.running.plots import plot_training
+from nso_hf.running.results import method_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,8 +30,7 @@ def report(results: Mapping[str, Any], output: Path) -> None:
 
     text = json.dumps(results, indent=2) + "\n"
     (output / "results.json").write_text(text, encoding="utf-8")
-    log, plain = results["log"], results.get("plain")
-    plot_training(log, output / "training.png", TITLES, 1.0, plain["log"] if plain else ())
+    plot_training(results, output / "training.png", TITLES, top=1.0)
     files = ["results.json", "training.png"]
     if _judged_by(results):
         plot_calibration(results, output / "calibration.png")
@@ -38,7 +38,7 @@ def report(results: Mapping[str, Any], output: Path) -> None:
     console = Console(markup=False, emoji=False)
     console.print(_table(results))
     for name in _LOGGED:
-        values = [entry[name] for entry in log if name in entry]
+        values = [entry[name] for entry in results["log"] if name in entry]
         if values:
             console.print(f"{name}: {values[0]:.4g} in the first log, {values[-1]:.4g} in the last")
     console.print("Written:")
@@ -47,11 +47,8 @@ def report(results: Mapping[str, Any], output: Path) -> None:
 
 
 def _columns(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    plain, options = results.get("plain"), results["nso_options"]
-    method = options["method"]
-    is_plain = method == "nso" and options["sigma"] == 0
-    name = "plain" if is_plain else {"nso": "NSO"}.get(method, method)
-    return {name: results, "plain": plain} if plain else {name: results}
+    plain = results.get("plain")
+    return {method_of(results): results} | ({"plain": plain} if plain else {})
 
 
 def _judged_by(results: Mapping[str, Any]) -> list[str]:

@@ -38,7 +38,7 @@ def report(
     classification, what is kept and curvature, as far as they were measured, and where the files
     are."""
     files = ["results.json", "training.png", "model.safetensors", "open_clip_config.json"]
-    plot_training(results["log"], output / "training.png", TITLES, top=None)
+    plot_training(results, output / "training.png", TITLES, top=None)
     if encoded is not None and held_out is not None:
         plot_retrieval(encoded, held_out, output / "retrieval.png")
         files.insert(2, "retrieval.png")

@@ -37,7 +37,7 @@ def report(
     logged, and where the files are."""
     text = json.dumps(results, indent=2) + "\n"
     (output / "results.json").write_text(text, encoding="utf-8")
-    plot_training(results["log"], output / "training.png", TITLES, top=None)
+    plot_training(results, output / "training.png", TITLES, top=None)
     plot_reconstruction(model, images, output / "mae.png")
     console = Console(markup=False, emoji=False)
     if results["evaluation"]:

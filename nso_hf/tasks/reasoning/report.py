@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nso_hf.running.figures import curvature_rows, with_error
 from nso_hf.running.plots import measured_before, plot_training
+from nso_hf.running.results import method_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,12 +38,11 @@ def report(results: Mapping[str, Any], output: Path) -> None:
 
     text = json.dumps(results, indent=2) + "\n"
     (output / "results.json").write_text(text, encoding="utf-8")
-    log, plain = results["log"], results.get("plain")
-    plot_training(log, output / "training.png", TITLES, 1.0, plain["log"] if plain else ())
+    plot_training(results, output / "training.png", TITLES, top=1.0)
     console = Console(markup=False, emoji=False)
     console.print(_table(results))
     for name in ("loss", "nso/sigma", "nso/perturbation_norm", "nso/trace_estimate"):
-        values = [entry[name] for entry in log if name in entry]
+        values = [entry[name] for entry in results["log"] if name in entry]
         if values:
             console.print(f"{name}: {values[0]:.4g} in the first log, {values[-1]:.4g} in the last")
     console.print("Written:")
@@ -57,7 +57,7 @@ def _table(results: Mapping[str, Any]) -> "Table":
     plain, asked = results.get("plain"), "after" if results["after"] else "validation"
     columns = {
         "before": (results["before"], measured_before(results["log"])),
-        "NSO" if plain else "after": (results[asked], results["curvature"]),
+        method_of(results) if plain else "after": (results[asked], results["curvature"]),
         "plain": (plain[asked], plain["curvature"]) if plain else (None, None),
     }
     further = _further(results, plain)
