@@ -127,12 +127,11 @@ def prepared(
 
 def no_rows(split: str, too_long: int, data: DataOptions) -> Refusal:
     """Why a split has none."""
+    otherwise = ", or leave out --robustness" if split == "test" else ""
     if too_long:
         rule = f"all {too_long} {split} texts are longer"
-        return refusal("max_length", data.max_length, rule, "Raise it")
-    cure = "Set --rationale_column, or --format answer"
-    if split == "test":
-        cure += ", or leave out --robustness"
+        return refusal("max_length", data.max_length, rule, f"Raise it{otherwise}")
+    cure = f"Set --rationale_column, or --format answer{otherwise}"
     return refusal("format", data.format, f"no {split} question has a rationale", cure)
 
 
