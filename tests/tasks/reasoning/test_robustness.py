@@ -257,9 +257,9 @@ def test_two_processes_measure_as_one(folder):
 @pytest.mark.parametrize("option", ["robustness", "accuracy_in_bits"])
 def test_sharded_weights_are_refused(option):
     options = AnswerRobustnessOptions(**{option: [4] if option == "accuracy_in_bits" else True})
-    copies = {"name": "ZeRO-2", "num_processes": 2}
+    copies = {"name": "FSDP2", "num_processes": 2}
     options.check(SimpleNamespace(num_copies=2, **copies))
-    with pytest.raises(ValueError, match=f"{option}=.*: ZeRO-2 shards the weights. Leave it out"):
+    with pytest.raises(ValueError, match=f"{option}=.*: FSDP2 shards the weights. Leave it out"):
         options.check(SimpleNamespace(num_copies=1, **copies))
 
 
