@@ -716,6 +716,22 @@ RECIPE: dict[str, Callable[[Path], object]] = {
     "resume on other data": resumed(write={"data/train.jsonl": ROWS.replace("count", "add")}),
     "resume from nowhere": recipe("--resume_from_checkpoint", "{folder}/none"),
     "curvature of no examples": recipe("--curvature_examples", "0"),
+    "answers in one bit": recipe("--accuracy_in_bits", "4", "1"),
+    "answers in groups of no weights": recipe(
+        "--accuracy_in_bits", "4", "--accuracy_group_size", "0"
+    ),
+    "answers in groups, but in no few bits": recipe("--accuracy_group_size", "64"),
+    "robustness by test texts that are all too long": recipe(
+        *("--robustness", "true", "--max_length", "60"),
+        write={
+            "data/test.jsonl": '{"question": "%s", "rationale": "count", "answer": "2"}'
+            % ("1 " * 60)
+        },
+    ),
+    "robustness by test questions without rationales": recipe(
+        *("--robustness", "true"),
+        write={"data/test.jsonl": '{"question": "1 + 30 =", "answer": "31"}'},
+    ),
     "forgetting of a file that is not there": recipe("--forgetting_data", "{folder}/none.txt"),
     "forgetting of two data sets of one name": recipe(
         "--forgetting_data", "a=reasoning_gym:chain_sum", "a=reasoning_gym:leg_counting"

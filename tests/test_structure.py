@@ -26,7 +26,7 @@ BESIDE = {
     "curvature": {"refusal", "backends", "step", "running"},
     "robustness": {"refusal", "curvature", "running"},
     "deep_lora": {"refusal"},
-    "tasks": {*ENGINE, "running", "companions", "curvature", "deep_lora"},
+    "tasks": {*ENGINE, "running", "companions", "curvature", "robustness", "deep_lora"},
 }
 """And what stands beside the engine imports only these."""
 

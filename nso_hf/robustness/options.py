@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Trainer
 
@@ -14,7 +14,10 @@ from nso_hf.robustness.measuring import robustness
 @dataclass
 class RobustnessOptions:
     _argument_group_name = "robustness"
-    _may_change = ("robustness", "robustness_examples")  # when a run goes on: measured at its end
+    _may_change: ClassVar[tuple[str, ...]] = (  # when a run goes on: measured at its end
+        "robustness",
+        "robustness_examples",
+    )
 
     robustness: bool = field(
         default=False,
@@ -35,12 +38,20 @@ class RobustnessOptions:
         Raises:
             ValueError: the processes of this back end hold parts of the weights.
         """
-        if self.robustness and backend.num_copies < backend.num_processes:
-            cure = "Leave it out, and measure the trained model with nso robustness"
-            raise refusal("robustness", True, f"{backend.name} shards the weights", cure)
+        self._check_whole("robustness", backend)
 
-    def measure(self, trainer: Trainer, examples: Any) -> list[dict[str, Any]]:
-        """The rows of `robustness` on the first of these examples, a sequence."""
+    def _check_whole(self, option: str, backend: Any) -> None:
+        value = getattr(self, option)
+        if value and backend.num_copies < backend.num_processes:
+            cure = "Leave it out, and measure the trained model with nso robustness"
+            raise refusal(option, value, f"{backend.name} shards the weights", cure)
+
+    def measure(self, trainer: Trainer, examples: Any, model: Any = None) -> list[dict[str, Any]]:
+        """The rows of `robustness` on the first of these examples, a sequence.
+
+        Args:
+            model: measured in place of `merged(trainer)`.
+        """
         collate: Callable[[list[Any]], Any] = trainer.data_collator
         number = min(self.robustness_examples, len(examples))
         size = trainer.args.per_device_eval_batch_size
@@ -48,7 +59,11 @@ class RobustnessOptions:
             dict(collate([examples[i] for i in range(start, min(start + size, number))]))
             for start in range(0, number, size)
         ]
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        if hasattr(model, "merge_and_unload"):  # of adapters, what they make of weights
-            model = deepcopy(model).merge_and_unload()
-        return [asdict(row) for row in robustness(model, batches)]
+        measured = merged(trainer) if model is None else model
+        return [asdict(row) for row in robustness(measured, batches)]
+
+
+def merged(trainer: Trainer) -> Any:
+    """The model of a trainer; where it has adapters, a copy of what they make of its weights."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    return deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -37,15 +37,15 @@ def round_to_nearest(
         yield
 
 
-def check_bits(bits: int) -> None:
+def check_bits(bits: int, option: str = "bits") -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
-        raise refusal("bits", bits, "not a whole number from 2 to 16", "Use 8, 4, 3 or 2")
+        raise refusal(option, bits, "not a whole number from 2 to 16", "Use 8, 4, 3 or 2")
 
 
-def check_group_size(size: int | None) -> None:
+def check_group_size(size: int | None, option: str = "group_size") -> None:
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         cure = "Use 64, or None for one scale per output"
-        raise refusal("group_size", size, "not a whole number above 0", cure)
+        raise refusal(option, size, "not a whole number above 0", cure)
 
 
 def _quantised(matrix: Tensor, levels: int, group_size: int | None) -> Tensor:

@@ -80,7 +80,9 @@ def how_to_go_on(args: TrainingArguments, step: int) -> str:
 def _last_checkpoint(args: TrainingArguments) -> str:
     last = last_complete_checkpoint(Path(str(args.output_dir)), args.world_size)
     if last is None:
-        return "no checkpoint was saved yet; the same command begins anew"
+        has_results = (Path(str(args.output_dir)) / "results.json").exists()
+        where = " with another --output_dir" if has_results else ""
+        return f"no checkpoint was saved yet; the same command{where} begins anew"
     return f"last checkpoint: {last}; the same command with --resume_from_checkpoint last goes on"
 
 

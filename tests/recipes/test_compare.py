@@ -343,6 +343,7 @@ def test_a_recipe_of_the_library(tmp_path):
         "evaluate_before": False,
         "curvature": True,
         "curvature_samples": 2,
+        "accuracy_in_bits": [4],
     }
     text = TOY | {
         "recipe": "cot",
@@ -353,7 +354,7 @@ def test_a_recipe_of_the_library(tmp_path):
             "plain, equal time": {"sigma": 0, "time_of": "nso"},
             "nso": {"sigma": 0.02},
         },
-        "metrics": ["curvature.trace", "train_seconds", "steps"],
+        "metrics": ["curvature.trace", "train_seconds", "steps", "accuracy_in_bits.4.accuracy"],
     }
     found = compared(tmp_path, text)
     plain, longer, nso = found["rows"]
@@ -364,8 +365,9 @@ def test_a_recipe_of_the_library(tmp_path):
     own |= {"curvature": "true", "curvature_samples": 2}
     cot_finetuning.main(flags(options["model_name_or_path"], tmp_path / "alone", **own))
     alone = json.loads((tmp_path / "alone" / "results.json").read_text())["curvature"]
-    trace = alone["curvature/trace"]
+    trace = alone["trace"]
     # The same program on the same machine: to the last bit.
     assert nso["metrics"]["curvature.trace"]["values"]["1"] == trace
     assert plain["metrics"]["curvature.trace"]["values"]["1"] != trace
+    assert len(nso["metrics"]["accuracy_in_bits.4.accuracy"]["values"]) == 2
     assert (tmp_path / "out" / "trace.png").exists()

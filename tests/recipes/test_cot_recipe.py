@@ -367,6 +367,7 @@ def test_plain_training_beside_nso(tmp_path, capsys, monkeypatch):
     model = save_model("llama", tmp_path / "model")
     options = {"lora_r": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
     measuring = {"curvature": "true", "curvature_examples": 4, "curvature_samples": 3}
+    measuring |= {"accuracy_in_bits": 3}
     compared = {**options, **measuring, "curvature_steps": 4, "compare_plain": "true"}
     original = NSOTrainer.training_step
 
@@ -390,6 +391,9 @@ def test_plain_training_beside_nso(tmp_path, capsys, monkeypatch):
         expected = [entry[key] for entry in alone["log"] if key in entry]
         assert expected and [entry[key] for entry in plain["log"] if key in entry] == expected
     assert plain["after"] == alone["after"] and plain["nso_options"]["sigma"] == 0
+    assert plain["accuracy_in_bits"] == alone["accuracy_in_bits"]
+    row = next(line for line in printed.splitlines() if "accuracy in 3 bits" in line)
+    assert row.count("%") == 4  # of both trainings, with errors; not of the start
     assert both["curvature"]["trace"] != plain["curvature"]["trace"]
     header = next(line for line in printed.splitlines() if "before" in line)
     assert header.index("before") < header.index("NSO") < header.index("plain")

@@ -55,11 +55,9 @@ def _table(results: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
     plain, asked = results.get("plain"), "after" if results["after"] else "validation"
-    columns = {
-        "before": (results["before"], measured_before(results["log"])),
-        method_of(results) if plain else "after": (results[asked], results["curvature"]),
-        "plain": (plain[asked], plain["curvature"]) if plain else (None, None),
-    }
+    runs = {"before": {}, method_of(results) if plain else "after": results, "plain": plain or {}}
+    columns = {name: (run.get(asked), run.get("curvature")) for name, run in runs.items()}
+    columns["before"] = (results["before"], measured_before(results["log"]))
     further = _further(results, plain)
     columns = {
         name: column
@@ -73,6 +71,9 @@ def _table(results: Mapping[str, Any]) -> "Table":
         table.add_column(name, justify="right")
     for measure, title in _MEASURES.items():
         table.add_row(title, *(_share(answered, measure) for answered, _ in columns.values()))
+    for bits in results.get("accuracy_in_bits", {}):
+        found = [runs[name].get("accuracy_in_bits", {}).get(bits) for name in columns]
+        table.add_row(f"accuracy in {bits} bits", *(_share(f, "accuracy") for f in found))
     for title, cells in further:
         table.add_row(title, *cells)
     for title, cells in curvature_rows([measured for _, measured in columns.values()]):

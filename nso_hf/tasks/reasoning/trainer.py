@@ -41,10 +41,12 @@ class ReasoningTrainer(NSOTrainer):
             output.metrics[f"{metric_key_prefix}_{name}"] = value  # type: ignore[index]
         return output
 
-    def answer(self, examples: Sequence[Example], description: str) -> Evaluation:
-        """The judged answers of the model as it is now."""
+    def answer(
+        self, examples: Sequence[Example], description: str, model: Any = None
+    ) -> Evaluation:
+        """The judged answers of the model as it is now, or of another one."""
         return evaluate_answers(
-            self.model,  # type: ignore[arg-type]
+            self.model if model is None else model,  # type: ignore[arg-type]
             self.prompt_format,
             examples,
             self.accelerator,
