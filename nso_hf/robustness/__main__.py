@@ -4,6 +4,9 @@
 
 Prints tables with a column for each checkpoint, and writes results.json and a picture with all of
 them on one scale. results.json is written after each checkpoint. Adapters are merged first.
+CLIP models of open_clip are measured on images with captions, or with classes:
+
+    nso robustness runs/clip --data val.tar --label_column cls --class_names names.json
 """
 
 import argparse
@@ -20,10 +23,14 @@ from nso_hf.curvature.batches import Batch
 from nso_hf.curvature.checkpoint import Data
 from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
 from nso_hf.refusal import check_integer, check_positive, refusal
+from nso_hf.robustness.clip_models import OPTIONS, check_clip_options, load_clip_model, measurable
 from nso_hf.robustness.measuring import Row, check_strengths, robustness
 from nso_hf.robustness.merging import average, check_mergeable, task_arithmetic
 from nso_hf.robustness.report import described, plot_rows, print_rows
 from nso_hf.running.program import run
+from nso_hf.tasks.clip.checkpoint import is_of_open_clip
+
+_BATCHES = 16  # of a data set, where nobody says how many
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,13 +54,16 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="batches as a .pt file (torch.save of a list of dicts), or a .json, .jsonl, .csv, "
         ".tsv or .parquet file, folder or hub id with the columns text, or prompt and completion "
-        "(language models), text and label, or image and label (classifiers)",
+        "(language models), text and label, or image and label (classifiers); of models of "
+        "open_clip, what nso clip takes",
     )
     add("--split", default="test", help="of a hub id or folder (default: %(default)s)")
     add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
     add("--gguf_file", help="a GGUF file in the checkpoint, or in the base model of its adapters")
     add("--batch_size", type=int, default=8, help="examples a batch (default: %(default)s)")
-    add("--num_batches", type=int, help="batches measured (default: 16; all of a .pt file)")
+    add(
+        "--num_batches", type=int, help=f"batches measured (default: {_BATCHES}; all of a .pt file)"
+    )
     add("--max_length", type=int, default=512, help="tokens a text (default: %(default)s)")
     strengths: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
         "bits": (int, [8, 4, 3, 2], "of a weight, rounded to nearest"),
@@ -83,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--output", type=Path, default=Path("robustness"), help="folder (default: %(default)s)")
+    clip = made.add_argument_group("models of open_clip")
+    for name, text in OPTIONS.items():
+        clip.add_argument(f"--{name}", help=text)
     return made
 
 
@@ -106,8 +119,11 @@ def check(options: argparse.Namespace) -> None:
     )
     for scale in options.scales:
         check_positive("scales", scale, "Typical: 0.3 to 1")
-    for checkpoint in (*options.checkpoints, *filter(None, [options.base])):
-        check_checkpoint(checkpoint, options.gguf_file)
+    named = [*options.checkpoints, *filter(None, [options.base])]
+    for checkpoint in named:
+        if not is_of_open_clip(checkpoint):
+            check_checkpoint(checkpoint, options.gguf_file)
+    check_clip_options(options, named)
     if len(set(options.checkpoints)) < len(options.checkpoints):
         rule = "names one twice"
         raise refusal("checkpoints", options.checkpoints, rule, "Name each once")
@@ -120,6 +136,8 @@ def check(options: argparse.Namespace) -> None:
 
 def load(checkpoint: str, options: argparse.Namespace) -> Any:
     """The model of a checkpoint, its adapters merged into it."""
+    if is_of_open_clip(checkpoint):
+        return load_clip_model(checkpoint).model
     model: Any = load_checkpoint(checkpoint, options.gguf_file)
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
@@ -142,19 +160,26 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
             yield f"base + {scale:g} sum of changes", first, merged
 
 
-def measure(name: str, checkpoint: str, model: Any, options: argparse.Namespace) -> list[Row]:
-    """All measurements of one model."""
+def _on(model: Any, checkpoint: str, options: argparse.Namespace) -> tuple[Any, list[Batch]]:
+    """The model with a loss and logits, and the batches that it is measured on."""
     number = options.num_batches
+    if is_of_open_clip(checkpoint):
+        return measurable(model, checkpoint, options, number or _BATCHES)
     data = Data(
         path=options.data,
         split=options.split,
         tokenizer=options.tokenizer or checkpoint,
         gguf_file=options.gguf_file,
         batch_size=options.batch_size,
-        num_batches=16 if number is None and Path(options.data).suffix != ".pt" else number,
+        num_batches=_BATCHES if number is None and Path(options.data).suffix != ".pt" else number,
         max_length=options.max_length,
     )
-    batches: list[Batch] = data.batches(model)
+    return model, data.batches(model)
+
+
+def measure(name: str, checkpoint: str, model: Any, options: argparse.Namespace) -> list[Row]:
+    """All measurements of one model."""
+    model, batches = _on(model, checkpoint, options)
     if torch.cuda.is_available():
         model.to("cuda")
 

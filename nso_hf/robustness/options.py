@@ -1,12 +1,14 @@
 """What survives changes to the weights, as an option of a recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
 
+from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import check_integer, refusal
 from nso_hf.robustness.measuring import robustness
 
@@ -40,7 +42,7 @@ class RobustnessOptions:
             raise refusal("robustness", True, f"{backend.name} shards the weights", cure)
 
     def measure(self, trainer: Trainer, examples: Any) -> list[dict[str, Any]]:
-        """The rows of `robustness` on the first of these examples, a sequence."""
+        """What of its model survives, on the first of these examples, a sequence."""
         collate: Callable[[list[Any]], Any] = trainer.data_collator
         number = min(self.robustness_examples, len(examples))
         size = trainer.args.per_device_eval_batch_size
@@ -51,4 +53,8 @@ class RobustnessOptions:
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(model, "merge_and_unload"):  # of adapters, what they make of weights
             model = deepcopy(model).merge_and_unload()
+        return self.rows(model, batches)
+
+    def rows(self, model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+        """Those of `robustness`, as results have them."""
         return [asdict(row) for row in robustness(model, batches)]
