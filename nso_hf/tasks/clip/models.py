@@ -117,7 +117,8 @@ def load_clip(
         option = "model" if pretrained is None else "pretrained"
         value = name if pretrained is None else pretrained
         cure = "Check the configuration, and that these weights are of this model"
-        raise refusal(option, value, f"open_clip cannot build it ({error})", cure) from error
+        reason = str(error).strip().rstrip(".")
+        raise refusal(option, value, f"open_clip cannot build it ({reason})", cure) from error
     if is_coca(model) and pretrained is None and schema is None:
         # open_clip 3.3 leaves it as the memory was; this is the deviation it means to give it.
         projection = model.text_decoder.text_projection
