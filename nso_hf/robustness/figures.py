@@ -52,6 +52,8 @@ class Figures:
         (Guo et al., arXiv 1706.04599)."""
         if self.confidence is None or self.is_right is None:
             return None
+        if self.confidence.isnan().any():  # of weights that changed too much
+            return math.nan
         bins = (self.confidence * _BINS).ceil().clamp(1, _BINS).long() - 1
         gaps = torch.zeros(_BINS, dtype=torch.double)
         gaps.index_add_(0, bins, self.is_right - self.confidence)
