@@ -24,6 +24,7 @@ from transformers import IntervalStrategy, set_seed
 
 from nso_hf.companions.options import CompanionOptions
 from nso_hf.refusal import Refusal, needs, refusal
+from nso_hf.robustness.options import RobustnessOptions
 from nso_hf.running.checkpoints import checkpoint_to_resume, resumable
 from nso_hf.running.command_line import RecipeParser
 from nso_hf.running.program import run
@@ -36,7 +37,8 @@ from nso_hf.tasks.clip.options import DataOptions, EvaluationOptions, ModelOptio
 
 if TYPE_CHECKING:
     from nso_hf.tasks.clip.encoding import Encoded
-    from nso_hf.tasks.clip.measures import Labelled
+    from nso_hf.tasks.clip.labelled import Labelled
+    from nso_hf.tasks.clip.matching import Measurable
     from nso_hf.tasks.clip.models import ClipModel
     from nso_hf.tasks.clip.pairs import Pairs
 
@@ -46,6 +48,7 @@ OPTIONS = [
     DataOptions,
     EvaluationOptions,
     FineTuningOptions,
+    RobustnessOptions,
     CompanionOptions,
     CLIPConfig,
 ]
@@ -89,6 +92,7 @@ def open_collections(
 ) -> Collections:
     """Open what the options name; refuse what cannot be trained on, or evaluated on."""
     from nso_hf.tasks.clip.classification import check_probe
+    from nso_hf.tasks.clip.labelled import Labelled
     from nso_hf.tasks.clip.stream import check_usable
 
     held_out = labelled = None
@@ -104,26 +108,13 @@ def open_collections(
         recorded.check("eval_data", data.eval_data, "held-out pairs", held_out.digest())
     if data.zero_shot_data is not None and evaluation.test:
         with named("zero_shot_data"):
-            labelled = open_labelled(data, evaluation, data.zero_shot_data)
+            labelled = Labelled.open(data, evaluation, data.zero_shot_data)
             if evaluation.linear_probe:
                 check_probe(labelled.pairs.labels())
     for name, source in fine_tuning.also.items() if evaluation.test else ():
         with named("eval_also"):
-            also[name] = open_labelled(data, evaluation, source)
+            also[name] = Labelled.open(data, evaluation, source)
     return Collections(train, held_out, labelled, also)
-
-
-def open_labelled(data: DataOptions, evaluation: EvaluationOptions, source: str) -> "Labelled":
-    from nso_hf.tasks.clip.classification import class_names
-    from nso_hf.tasks.clip.measures import Labelled
-    from nso_hf.tasks.clip.stream import check_usable
-
-    pairs = data.open(source, data.zero_shot_split, labels=True)
-    labels = pairs.labels()
-    names = evaluation.names([*pairs.classes, *filter(None, labels)])
-    classes = class_names(labels, source, names)
-    check_usable(pairs, "label")
-    return Labelled(pairs, classes, names)
 
 
 def load_model(options: ModelOptions, data: DataOptions, recorded: RecordedOptions) -> "ClipModel":
@@ -142,6 +133,25 @@ def load_model(options: ModelOptions, data: DataOptions, recorded: RecordedOptio
     return clip
 
 
+def evaluated_on(
+    collections: Collections,
+    clip: "ClipModel",
+    evaluation: EvaluationOptions,
+    robustness: RobustnessOptions,
+    args: CLIPConfig,
+) -> "Measurable":
+    """The model as a classifier of the images with classes, or among held-out pairs."""
+    from nso_hf.tasks.clip.matching import matching, zero_shot_classification
+
+    labelled, held_out = collections.labelled, collections.held_out
+    number, size = robustness.robustness_examples, args.per_device_eval_batch_size
+    if labelled is not None:
+        prompts = evaluation.prompts
+        return zero_shot_classification(clip, labelled, prompts, number=number, size=size)
+    assert held_out is not None
+    return matching(clip, held_out, number=number, size=size)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0], configs=CONFIGS)
     options = parser.parse(argv)
@@ -154,6 +164,7 @@ def pretrain(
     data: DataOptions,
     evaluation: EvaluationOptions,
     fine_tuning: FineTuningOptions,
+    robustness: RobustnessOptions,
     companions: CompanionOptions,
     args: CLIPConfig,
 ) -> None:
@@ -169,7 +180,7 @@ def pretrain(
     companions.check(args)
     fine_tuning.check(model_options, data, evaluation)
     checkpoint = checkpoint_to_resume(args)
-    groups = (model_options, data, evaluation, fine_tuning, companions)
+    groups = (model_options, data, evaluation, fine_tuning, robustness, companions)
     recorded = RecordedOptions(args, *groups, checkpoint=checkpoint)
     results = Results(
         args,
@@ -184,6 +195,9 @@ def pretrain(
     if args.eval_strategy != "no" and data.eval_data is None:
         value = IntervalStrategy(args.eval_strategy).value
         raise refusal("eval_strategy", value, "nothing to evaluate on", "Set --eval_data")
+    if robustness.robustness and not (data.eval_data or (data.zero_shot_data and evaluation.test)):
+        cure = "Set --eval_data, or --zero_shot_data with --test true"
+        raise refusal("robustness", True, "nothing to evaluate on", cure)
     if evaluation.linear_probe and data.zero_shot_data is None:
         raise refusal("linear_probe", True, "needs images with classes", "Set --zero_shot_data")
     with args.main_process_first():
@@ -208,6 +222,7 @@ def pretrain(
     trainer = CLIPTrainer(clip, args, train_dataset=stream, eval_dataset=held_out)
     for callback in companions.callbacks():
         trainer.add_callback(callback)
+    robustness.check(trainer.nso_backend)
     is_first, output = trainer.is_world_process_zero(), Path(str(args.output_dir))
     if is_first:
         parameters = sum(p.numel() for p in clip.model.parameters())
@@ -235,6 +250,9 @@ def pretrain(
                 trainer, collections.also, labelled, first, evaluation, alphas
             ):
                 results.add(**figures)
+        if robustness.robustness:
+            model, batches = evaluated_on(collections, clip, evaluation, robustness, args)
+            results.add(robustness=robustness.rows(model, batches))
         if evaluation.curvature:
             results.add(curvature=measures.curvature(trainer, train, evaluation))
     counts = gather_object([{n: p.skipped.counts for n, p in collections.by_name.items()}])

@@ -883,6 +883,10 @@ CLIP: dict[str, Callable[[Path], object]] = {
         "--templates", "{folder}/t.txt", write={"t.txt": "a {} {x}\n"}
     ),
     "templates of none": clip_recipe("--templates", "{folder}/t.txt", write={"t.txt": "\n"}),
+    "robustness of no evaluation": clip_recipe("--robustness", "true"),
+    "robustness on images that stay unseen": clip_recipe(
+        *("--robustness", "true", "--zero_shot_data", "{folder}/s-000.tar", "--test", "false")
+    ),
     "evaluation without pairs": clip_recipe("--eval_strategy", "steps"),
     "curvature of more batches than there are": clip_recipe(
         "--curvature", "true", "--curvature_batches", "4"
@@ -1334,6 +1338,40 @@ def robustness_command(*flags: str, kinds: Collection[str] = ("gpt2",)) -> Calla
     return run
 
 
+def robustness_of_clip(
+    *flags: str, write: dict[str, str] | None = None, weights: bool = True
+) -> Callable[[Path], object]:
+    """The same on a folder of a model of open_clip, with shards of labelled pairs."""
+
+    def run(folder: Path) -> object:
+        from nso_hf.robustness.__main__ import main as measure
+        from nso_hf.tasks.clip.models import load_clip
+        from tests.tasks.clip.test_pairs import shards
+
+        (folder / "small.json").write_text(json.dumps(SMALL_CLIP))
+        clip = load_clip(str(folder / "small.json"))
+        (folder / "clip").mkdir()
+        clip.write_config(folder / "clip")
+        if weights:
+            state = clip.model.state_dict()
+            safetensors.torch.save_file(state, folder / "clip" / "model.safetensors")
+        for name, text in (write or {}).items():
+            (folder / name).write_text(text)
+        given = [flag.replace("{folder}", str(folder)) for flag in flags]
+        base = {"--data": shards(folder, [6]), "--output": f"{folder}/out"}
+        rest = [word for name, it in base.items() if name not in given for word in (name, it)]
+        return measure([f"{folder}/clip", *given, *rest])
+
+    return run
+
+
+def robustness_of_shards(folder: Path) -> object:
+    from nso_hf.robustness.options import RobustnessOptions
+
+    sharded = select(accelerator(DistributedType.FSDP), nn.Linear(2, 2))
+    return RobustnessOptions(robustness=True).check(sharded)
+
+
 ROBUSTNESS: dict[str, Callable[[Path], object]] = {
     "one bit": robustness_command("--bits", "1"),
     "groups of no weights": robustness_command("--group_sizes", "0"),
@@ -1347,6 +1385,22 @@ ROBUSTNESS: dict[str, Callable[[Path], object]] = {
     "average of models of two kinds": robustness_command("--merge", kinds=("gpt2", "llama")),
     "base that does not exist": robustness_command("--base", "./none"),
     "data that does not exist": robustness_command("--data", "./none.jsonl"),
+    "what survives, of weights in shards": robustness_of_shards,
+    "classes of images for a language model": robustness_command("--label_column", "kind"),
+    "prompts without classes": robustness_of_clip("--templates", "simple"),
+    "prompts that there are not": robustness_of_clip(
+        "--label_column", "kind", "--templates", "imagenet"
+    ),
+    "tokenizer for a model of open_clip": robustness_of_clip("--tokenizer", "gpt2"),
+    "model of open_clip without weights": robustness_of_clip(weights=False),
+    "model of open_clip whose configuration is cut off": robustness_of_clip(
+        write={"clip/open_clip_config.json": "{"}
+    ),
+    "saved batches for a model of open_clip": robustness_of_clip(
+        "--data", "{folder}/b.pt", write={"b.pt": ""}
+    ),
+    "batches of one pair": robustness_of_clip("--batch_size", "1"),
+    "column of classes that shards have not": robustness_of_clip("--label_column", "cls"),
 }
 
 SECTIONS = {

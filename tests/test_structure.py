@@ -24,7 +24,7 @@ BESIDE = {
     "running": {"refusal", "backends", "arguments"},
     "companions": set(ENGINE),
     "curvature": {"refusal", "backends", "step", "running"},
-    "robustness": {"refusal", "curvature", "running"},
+    "robustness": {"refusal", "curvature", "running", "tasks"},
     "deep_lora": {"refusal"},
     "tasks": {*ENGINE, "running", "companions", "curvature", "robustness", "deep_lora"},
 }
@@ -100,6 +100,15 @@ def test_curvature_knows_nothing_of_training_by_a_method():
     modules = [module for module in graph if wing(module) == "curvature"]
     reached = {wing(module) for module in reached_from(modules, graph)}
     assert reached == {"curvature", *BESIDE["curvature"]}
+
+
+def test_what_survives_knows_nothing_of_training_and_tasks_only_by_its_command():
+    graph = import_graph()
+    modules = [module for module in graph if wing(module) == "robustness"]
+    reached = {wing(module) for module in reached_from(modules, graph)}
+    assert reached == {"robustness", *BESIDE["robustness"], "step"}
+    importing = {m for m in modules for other in graph[m] if wing(other) == "tasks"}
+    assert importing == {"nso_hf.robustness.__main__", "nso_hf.robustness.clip_models"}
 
 
 def test_modules_are_found_by_their_earlier_names():

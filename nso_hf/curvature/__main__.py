@@ -22,7 +22,7 @@ from nso_hf.curvature.data_options import (
 )
 from nso_hf.curvature.eigenvalues import hessian_eigenvalues
 from nso_hf.curvature.hessian import HVPS
-from nso_hf.curvature.loading import load_checkpoint
+from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
 from nso_hf.curvature.parameters import PRESETS
 from nso_hf.curvature.report import Report, plot_reports, print_reports
 from nso_hf.curvature.slices import loss_slice
@@ -78,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
 def check(options: argparse.Namespace) -> None:
     """Raise a `ValueError` for options that would fail later."""
     check_data_options(options)
+    for checkpoint in options.checkpoints:
+        check_checkpoint(checkpoint, options.gguf_file)
     for name in ("num_samples", "num_eigenvalues"):
         check_count(name, getattr(options, name))
     for name in ("slice_points", "plane_points", "spectrum_steps"):

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from nso_hf.curvature.checkpoint import Data
-from nso_hf.curvature.loading import check_checkpoint
 from nso_hf.refusal import check_integer, refusal
 
 
-def add_data_options(parser: argparse.ArgumentParser, *, split: str, num_batches: int) -> None:
+def add_data_options(
+    parser: argparse.ArgumentParser, *, split: str, num_batches: int, also: str = ""
+) -> None:
     """
     Args:
         split: what is read of a hub id or folder where the command line does not say it.
         num_batches: how many batches of a data set are.
+        also: what else `--data` may be.
     """
     add = parser.add_argument
     add(
@@ -24,7 +26,7 @@ def add_data_options(parser: argparse.ArgumentParser, *, split: str, num_batches
         required=True,
         help="batches as a .pt file (torch.save of a list of dicts), or a .json, .jsonl, .csv, "
         ".tsv or .parquet file, folder or hub id with the columns text, or prompt and completion "
-        "(language models), text and label, or image and label (classifiers)",
+        f"(language models), text and label, or image and label (classifiers){also}",
     )
     add("--split", default=split, help="of a hub id or folder (default: %(default)s)")
     add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
@@ -43,8 +45,6 @@ def check_data_options(options: argparse.Namespace) -> None:
     for name in ("batch_size", "max_length", "num_batches"):
         if getattr(options, name) is not None:
             check_integer(name, getattr(options, name), 1, "Give a positive number")
-    for checkpoint in options.checkpoints:
-        check_checkpoint(checkpoint, options.gguf_file)
     if len(set(options.checkpoints)) < len(options.checkpoints):
         rule = "names one twice"
         raise refusal("checkpoints", options.checkpoints, rule, "Name each once")

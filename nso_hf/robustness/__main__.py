@@ -4,6 +4,9 @@
 
 Prints tables with a column for each checkpoint, and writes results.json and a picture with all of
 them on one scale. results.json is written after each checkpoint. Adapters are merged first.
+CLIP models of open_clip are measured on images with captions, or with classes:
+
+    nso robustness runs/clip --data val.tar --label_column cls --class_names names.json
 """
 
 import argparse
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch
 
+from nso_hf.curvature.batches import Batch
 from nso_hf.curvature.data_options import (
     add_data_options,
     as_json,
@@ -24,17 +28,20 @@ from nso_hf.curvature.data_options import (
 )
 from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
 from nso_hf.refusal import check_positive, refusal
+from nso_hf.robustness.clip_models import OPTIONS, check_clip_options, load_clip_model, measurable
 from nso_hf.robustness.measuring import Row, check_strengths, robustness
 from nso_hf.robustness.merging import average, check_mergeable, task_arithmetic
 from nso_hf.robustness.report import described, plot_rows, print_rows
 from nso_hf.running.program import CommandParser, run
+from nso_hf.tasks.clip.checkpoint import is_of_open_clip
 
 _BATCHES = 16  # of a data set, where nobody says how many
 
 
 def parser() -> argparse.ArgumentParser:
     made = CommandParser("robustness", __doc__)
-    add_data_options(made, split="test", num_batches=_BATCHES)
+    also = "; of models of open_clip, what nso clip takes"
+    add_data_options(made, split="test", num_batches=_BATCHES, also=also)
     add = made.add_argument
     strengths: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
         "bits": (int, [8, 4, 3, 2], "of a weight, rounded to nearest"),
@@ -64,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--output", type=Path, default=Path("robustness"), help="folder (default: %(default)s)")
+    clip = made.add_argument_group("models of open_clip")
+    for name, text in OPTIONS.items():
+        clip.add_argument(f"--{name}", help=text)
     return made
 
 
@@ -84,14 +94,19 @@ def check(options: argparse.Namespace) -> None:
     )
     for scale in options.scales:
         check_positive("scales", scale, "Typical: 0.3 to 1")
-    if options.base is not None:
-        check_checkpoint(options.base, options.gguf_file)
+    named = [*options.checkpoints, *filter(None, [options.base])]
+    for checkpoint in named:
+        if not is_of_open_clip(checkpoint):
+            check_checkpoint(checkpoint, options.gguf_file)
+    check_clip_options(options, named)
     if options.merge and len(options.checkpoints) < 2:
         raise refusal("merge", True, "there is one checkpoint", "Name two or more")
 
 
 def load(checkpoint: str, options: argparse.Namespace) -> Any:
     """The model of a checkpoint, its adapters merged into it."""
+    if is_of_open_clip(checkpoint):
+        return load_clip_model(checkpoint).model
     model: Any = load_checkpoint(checkpoint, options.gguf_file)
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
@@ -114,9 +129,16 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
             yield f"base + {scale:g} sum of changes", first, merged
 
 
+def _on(model: Any, checkpoint: str, options: argparse.Namespace) -> tuple[Any, list[Batch]]:
+    """The model with a loss and logits, and the batches that it is measured on."""
+    if is_of_open_clip(checkpoint):
+        return measurable(model, checkpoint, options, options.num_batches or _BATCHES)
+    return model, data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
+
+
 def measure(name: str, checkpoint: str, model: Any, options: argparse.Namespace) -> list[Row]:
     """All measurements of one model."""
-    batches = data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
+    model, batches = _on(model, checkpoint, options)
     if torch.cuda.is_available():
         model.to("cuda")
 

@@ -49,6 +49,8 @@ class Figures:
     def ece(self) -> float | None:
         if self.confidence is None or self.is_right is None:
             return None
+        if self.confidence.isnan().any():  # of weights that changed too much
+            return math.nan
         return calibration_error(calibration(self.confidence, self.is_right))
 
 

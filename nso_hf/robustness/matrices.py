@@ -1,4 +1,4 @@
-"""The weights that are changed: those of linear and convolution layers."""
+"""The weights that are changed: those of linear, attention and convolution layers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from nso_hf.refusal import refusal
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Of queries, keys and values: together, or apart where their inputs differ in size."""
 
 
 @contextmanager
@@ -47,6 +49,9 @@ def matrices(model: nn.Module) -> list[Tensor]:
             found[id(module.weight)] = weight.view(len(weight), -1)
         elif isinstance(module, Conv1D):  # of GPT-2, which holds its matrix transposed
             found[id(module.weight)] = module.weight.data.t()
+        elif isinstance(module, nn.MultiheadAttention):  # its output projection is a linear layer
+            held = [getattr(module, name) for name in _OF_ATTENTION]
+            found |= {id(weight): weight.data for weight in held if weight is not None}
     return list(found.values())
 
 

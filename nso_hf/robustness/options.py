@@ -1,12 +1,14 @@
 """What survives changes to the weights, as an option of a recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from torch import nn
 from transformers import Trainer
 
+from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import check_integer, refusal
 from nso_hf.robustness.measuring import robustness
 
@@ -60,7 +62,11 @@ class RobustnessOptions:
             for start in range(0, number, size)
         ]
         measured = merged(trainer) if model is None else model
-        return [asdict(row) for row in robustness(measured, batches)]
+        return self.rows(measured, batches)
+
+    def rows(self, model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+        """Those of `robustness`, as results have them."""
+        return [asdict(row) for row in robustness(model, batches)]
 
 
 def merged(trainer: Trainer) -> Any:

@@ -139,6 +139,13 @@ def test_other_losses_are_weighted_by_their_examples():
     assert row.accuracy is None and row.ece is None and row.stderr > 0
 
 
+def test_a_model_that_gives_no_numbers_is_measured_all_the_same():
+    model = classifier()
+    model.classifier.weight.data.fill_(math.nan)
+    (row,) = robustness(model, class_batches(), **NOTHING)
+    assert math.isnan(row.loss) and math.isnan(row.ece) and row.accuracy < 1
+
+
 def test_rows_are_those_of_the_models_in_the_contexts():
     model, batches = classifier(), class_batches()
     rows = robustness(

@@ -3,13 +3,14 @@
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from nso_hf.curvature import hessian_eigenvalues, hessian_trace
 from nso_hf.running.paired import Measured, before_and_after
 from nso_hf.tasks.clip.classification import linear_probe, zero_shot
 from nso_hf.tasks.clip.encoding import Encoded
+from nso_hf.tasks.clip.labelled import Labelled
 from nso_hf.tasks.clip.options import EvaluationOptions
 from nso_hf.tasks.clip.pairs import Pairs
 from nso_hf.tasks.clip.retrieval import retrieval
@@ -17,17 +18,6 @@ from nso_hf.tasks.clip.stream import PairStream
 from nso_hf.tasks.clip.trainer import CLIPTrainer
 from nso_hf.tasks.clip.wise_ft import FirstWeights
 from nso_hf.tasks.images.classification import Classification
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images with classes."""
-
-    pairs: Pairs
-    classes: list[str]
-    """Those that occur, sorted."""
-    names: dict[str, str]
-    """Class -> its name in prompts, of all that images are told apart from."""
 
 
 def found_among(trainer: CLIPTrainer, encoded: Encoded) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from nso_hf.refusal import needs, refusal
+from nso_hf.tasks.clip.checkpoint import CONFIG_NAME
 from nso_hf.tasks.clip.stream import Tokenizer, Transform
 
 needs("nso_hf.tasks.clip", "clip", "open_clip")
@@ -26,8 +27,6 @@ logger = hf_logging.get_logger(__name__)
 
 _BLOCKS = ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block", "Bottleneck")
 """Modules that are sharded and gathered as one."""
-
-CONFIG_NAME = "open_clip_config.json"
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ def load_clip(
                 pretrained,
                 force_image_size=image_size,
                 force_patch_dropout=patch_dropout,
+                require_pretrained=schema is not None,
                 output_dict=True,
                 **extra,
             )
@@ -117,7 +117,8 @@ def load_clip(
         option = "model" if pretrained is None else "pretrained"
         value = name if pretrained is None else pretrained
         cure = "Check the configuration, and that these weights are of this model"
-        raise refusal(option, value, f"open_clip cannot build it ({error})", cure) from error
+        reason = str(error).strip().rstrip(".")
+        raise refusal(option, value, f"open_clip cannot build it ({reason})", cure) from error
     if is_coca(model) and pretrained is None and schema is None:
         # open_clip 3.3 leaves it as the memory was; this is the deviation it means to give it.
         projection = model.text_decoder.text_projection
@@ -199,7 +200,7 @@ def _config(name: str) -> tuple[str, dict[str, Any]]:
         return path.stem, config
     try:
         known = get_model_config(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise refusal("model", name, f"cannot be read ({error})", "Check the name") from error
     if known is None:
         from difflib import get_close_matches

@@ -4,7 +4,8 @@ import open_clip
 import pytest
 import torch
 
-from nso_hf.tasks.clip.measures import Labelled, kept
+from nso_hf.tasks.clip.labelled import Labelled
+from nso_hf.tasks.clip.measures import kept
 from nso_hf.tasks.clip.options import EvaluationOptions
 from nso_hf.tasks.clip.pairs import Fields
 from nso_hf.tasks.clip.report import plot_wise_ft
