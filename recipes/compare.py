@@ -33,6 +33,7 @@ from nso_hf.running.comparison.plan import (
     numbers,
 )
 from nso_hf.running.comparison.records import (
+    failure_of,
     forget_failed,
     read_records,
     working_folder,
@@ -184,7 +185,7 @@ def run_missing(
 def in_words(comparison: Comparison, record: Record) -> str:
     info = record["run_info"]
     if info["error_msg"]:
-        return f"failed {info['error_msg'].splitlines()[-1]}"
+        return f"failed, {failure_of(record)}"
     value = figure(record, comparison.metrics[0])
     said = f"{comparison.metrics[0]} {value:.4g}, " if value is not None else ""
     return f"{said}{info['total_time']:.1f} s"

@@ -111,9 +111,12 @@ def test_wrong_labels_and_few_examples(data, tmp_path):
     assert "test" not in results_of(tmp_path / "unread")
 
 
-def test_test_texts_are_held_out_where_there_are_none(data, tmp_path):
-    (data / "test.jsonl").unlink()
-    main(flags(data, tmp_path / "out", test_size=5, validation_size=5, max_steps=1))
+@pytest.mark.parametrize("split", ["test", "none"])
+def test_test_texts_are_held_out_where_there_are_none(data, tmp_path, split):
+    if split == "test":
+        (data / "test.jsonl").unlink()
+    sizes = {"test_split": split, "test_size": 5, "validation_size": 5}
+    main(flags(data, tmp_path / "out", **sizes, max_steps=1))
     results = results_of(tmp_path / "out")
     counts = [results[split]["examples"] for split in ("validation", "test")]
     assert [results["training_examples"], *counts] == [40, 5, 5]

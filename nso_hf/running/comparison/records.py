@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Any
 from nso_hf.refusal import refusal
 from nso_hf.running.comparison.plan import Record, Run
 
+_ERROR = re.compile(r"error: |[\w.]+(Error|Exception)\b")
 _NOT_KEPT = ("log", "options", "best_checkpoint")
 
 
@@ -65,6 +67,14 @@ def _kept(figures: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in figures.items()
         if name not in _NOT_KEPT and not name.endswith("_options")
     }
+
+
+def failure_of(record: Record) -> str:
+    """In a line: the error that a run ended with, as far as it said one, and how it ended; empty
+    for one that did not fail."""
+    *said, cause = record["run_info"]["error_msg"].splitlines() or [""]
+    errors = [line for line in said if _ERROR.match(line)]
+    return " ".join([*errors[-1:], cause])
 
 
 def read_records(folder: Path) -> dict[str, Record]:

@@ -8,6 +8,7 @@ from typing import Any
 from nso_hf.running.comparison.description import Comparison, Options
 from nso_hf.running.comparison.intervals import Difference, mean_and_error, paired_difference
 from nso_hf.running.comparison.plan import Cell, Record, Run, figure, nearest, numbers
+from nso_hf.running.comparison.records import failure_of
 from nso_hf.running.figures import with_error, with_interval
 
 
@@ -20,6 +21,8 @@ class Row:
     planned: int
     """How many runs are compared."""
     failed: list[Run]
+    failed_trials: list[Run]
+    """Of tuning."""
     values: dict[str, dict[int, float]]
     """Metric -> seed -> value, of the runs that did not fail."""
     difference: Difference | None
@@ -107,6 +110,7 @@ def rows(
                     for run in cell.runs
                     if run.key in records and figure(records[run.key], compared) is None
                 ],
+                failed_trials=_failed_trials(comparison, cell, records),
                 values={metric: found[metric] for metric in comparison.metrics},
                 difference=None if is_baseline else difference,
                 times=fmean(seconds) / fmean(base_seconds) if seconds and base_seconds else None,
@@ -117,6 +121,12 @@ def rows(
             )
         )
     return made
+
+
+def _failed_trials(comparison: Comparison, cell: Cell, records: Mapping[str, Record]) -> list[Run]:
+    metric = comparison.tuning.metric if comparison.tuning is not None else ""
+    ended = [run for trial in cell.trials for run in trial.runs if run.key in records]
+    return [run for run in ended if figure(records[run.key], metric) is None]
 
 
 def _values(
@@ -196,9 +206,9 @@ def notes(
         made.append(f"Not complete: {waiting} runs are missing. The same command goes on.")
     for row in found:
         place = ", ".join(word for word in (row.setting, row.method) if word)
-        for run in row.failed:
-            said = records[run.key]["run_info"]["error_msg"] or "its figures are not finite"
-            made.append(f"Failed: {run} ({said.splitlines()[-1] if said else ''}): {run.name}.")
+        for run in [*row.failed_trials, *row.failed]:
+            why = failure_of(records[run.key]) or "its figures are not finite"
+            made.append(f"Failed: {run.name}: {why}")
         for name in row.at_the_end:
             value = f"{name} {row.chosen[name]}"
             made.append(

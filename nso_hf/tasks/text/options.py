@@ -31,7 +31,8 @@ class DataOptions:
     test_split: str = field(
         default="test",
         metadata={
-            "help": "Split tested on; test texts are held out from training where there is none."
+            "help": "Split tested on. Where there is no such split, or with none, --test_size of "
+            "the training texts are held out."
         },
     )
     max_length: int = field(
@@ -68,6 +69,8 @@ class DataOptions:
 
     def has_test(self) -> bool:
         """Whether there is a split to test on; asked for by name, it must be there."""
+        if self.test_split.lower() == "none":
+            return False
         there = has_split(self.dataset, self.test_split, self.dataset_config)
         if not there and self.test_split != "test":
             rule = f"{self.dataset} has no such split"
