@@ -8,6 +8,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from nso_hf.step.selection import (
     check_patterns,
     nothing_to_perturb,
     parameters_beside,
+    trained_now,
 )
 from nso_hf.step.side_effects import SideEffects, copied
 from nso_hf.step.states import States
@@ -90,7 +92,8 @@ class NSOTrainerMixin(_Base):
         self._nso_defaults = NSOArguments()
         self._nso_micro_batch = 0  # of this process, within the optimizer step
         self._nso_all_weights: list[Weight] = []
-        self._nso_weights: list[Weight] | None = None  # the perturbed ones of this optimizer step
+        self._nso_weights: list[Weight] | None = None  # the perturbed ones
+        self._nso_selected_from: list[object] = []
         self._nso_side_effects: SideEffects | None = None
         self._nso_measurements = Measurements()
         self._nso_point: Point | None = None  # where the weights are, within a training step
@@ -123,7 +126,6 @@ class NSOTrainerMixin(_Base):
             self.control.should_training_stop = True
             return [], None
         self._nso_micro_batch = 0
-        self._nso_weights = None
         self._nso_states.sums.clear()  # of a step that failed
         self._nso_measurements.begin(self.state.global_step)
         result = super().get_batch_samples(*args, **kwargs)
@@ -201,7 +203,7 @@ class NSOTrainerMixin(_Base):
         """Every weight of the model, and what is trained beside it, as this process holds it now,
         and the back end that says so."""
         backend = select(self.accelerator, self.model_wrapped)
-        return backend, backend.weights(self._nso_beside(self.model_wrapped))
+        return backend, backend.weights(self._nso_beside(backend))
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         # Once for all evaluations of a micro-batch, at W.
@@ -287,7 +289,7 @@ class NSOTrainerMixin(_Base):
             if not point.last or point.displacement is not None:
                 every, displaced = self._nso_all_weights, step.weights
                 stack.enter_context(edits_refused(every, displaced, self._nso_is_first))
-                stack.enter_context(generation_refused(self.accelerator.unwrap_model(model)))
+                stack.enter_context(generation_refused(self.nso_backend.module))
             # A gradient apart is added to the others afterwards.
             weight = 1.0 if point.into is not None or callable(point.weight) else point.weight
             stack.enter_context(
@@ -348,20 +350,19 @@ class NSOTrainerMixin(_Base):
         method.check_backend(self.nso_backend)
         if method.reads_gradients:
             self.nso_backend.check_keeps_gradients_apart(self.nso_args.method)
-        self._nso_all_weights = self.nso_backend.weights(self._nso_beside(model))
+        self._nso_all_weights = self.nso_backend.weights(self._nso_beside(self.nso_backend))
         check_patterns(self._nso_all_weights, self.nso_args)
         if not method.displaces():
             return []
         check_steps_afterwards((weight.name, weight.parameter) for weight in self._nso_all_weights)
-        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return method.selected(self._nso_all_weights, unwrapped, self.nso_args)
+        return method.selected(self._nso_all_weights, self.nso_backend.module, self.nso_args)
 
-    def _nso_beside(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    def _nso_beside(self, backend: Backend) -> list[tuple[str, nn.Parameter]]:
         """What the optimizer updates beside the model: at first, what it may."""
-        beside = list(parameters_beside(self, self.accelerator.unwrap_model(model)))
+        beside = list(parameters_beside(self, backend.module))
         if not beside or self.optimizer is None:
             return beside
-        optimised = self.nso_backend.optimised(self.optimizer)
+        optimised = backend.optimised(self.optimizer)
         return [(name, parameter) for name, parameter in beside if id(parameter) in optimised]
 
     def _nso_select_for_training(self, model: nn.Module) -> list[Weight]:
@@ -371,8 +372,9 @@ class NSOTrainerMixin(_Base):
         return selected
 
     def _nso_step(self, model: nn.Module) -> Step:
-        if self._nso_weights is None or not self.nso_backend.holds(self._nso_weights):
+        if self._nso_weights is None or self._nso_is_stale(self._nso_weights):
             self._nso_weights = self._nso_select_for_training(model)
+            self._nso_selected_from = self._nso_selects_from()
             self.nso_backend.check_prepared()
         backend, number = self.nso_backend, self.state.global_step
         step = Step(
@@ -384,7 +386,7 @@ class NSOTrainerMixin(_Base):
             micro_batch=self._nso_micro_batch * backend.num_copies + backend.copy,
             weights=self._nso_weights,
             all_weights=self._nso_all_weights,
-            model=self.accelerator.unwrap_model(model, keep_torch_compile=False),
+            model=backend.module,
             is_measured=self._nso_measurements.wanted_of(number),
             backend=backend,
             states=self._nso_states,
@@ -393,6 +395,20 @@ class NSOTrainerMixin(_Base):
         )
         self._nso_micro_batch += 1
         return step
+
+    def _nso_is_stale(self, selected: list[Weight]) -> bool:
+        """Whether what is perturbed has to be looked up again: in each optimizer step, but where
+        that is seen to find the same."""
+        if not self.nso_backend.holds(selected):
+            return True
+        is_first = self._nso_micro_batch == 0
+        stays = self.nso_backend.stays
+        return is_first and not (stays and self._nso_selected_from == self._nso_selects_from())
+
+    def _nso_selects_from(self) -> list[object]:
+        """What decides about it: the parameters, those of them that are trained, and options."""
+        options = [getattr(self.nso_args, option.name) for option in fields(NSOArguments)]
+        return [*options, self.args.gradient_accumulation_steps, *trained_now(self)]
 
     def _nso_innermost_optimizer(self) -> Any:
         optimizer = self.optimizer

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +55,8 @@ class Backend(ABC):
     """Whether a pass can have a gradient of its own: see `apart`."""
     steps_on_copies: ClassVar[bool] = False
     """Whether the optimizer steps, inside the backward pass, on weights of its own."""
+    stays: ClassVar[bool] = False
+    """Whether weights stay where they are from one optimizer step to the next."""
     name: str
     """For people: what to write into a report."""
     num_processes: int
@@ -78,10 +81,10 @@ class Backend(ABC):
     def weights(self, beside: Iterable[tuple[str, nn.Parameter]] = ()) -> list[Weight]:
         """Every parameter of the model, tied ones once, as this process holds it, and those
         `beside` it, as of a loss."""
-        model = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
+        named = (*self.module.named_parameters(), *beside)
         weights = [
             self._held(_as_written(name), index, parameter)
-            for index, (name, parameter) in enumerate((*model.named_parameters(), *beside))
+            for index, (name, parameter) in enumerate(named)
         ]
         self._parameters = [weight.parameter for weight in weights]
         return weights
@@ -230,15 +233,17 @@ class Backend(ABC):
         """Whether `gradient` could be differentiated again: the weights are whole."""
         return True
 
+    @cached_property
     def module(self) -> nn.Module:
-        """The model to call for a loss that is measured, not trained on."""
+        """The model as its author wrote it, to be called for a loss that is measured, not trained
+        on."""
         module: nn.Module = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
         return module
 
     @contextmanager
     def at_full_precision(self) -> Iterator[None]:
         """Inside, `module` computes in the type its weights are stored in."""
-        module = vars(self.module())
+        module = vars(self.module)
         cast, original = module.get("forward"), module.get("_original_forward")
         if cast is not None and original is not None:  # Accelerate's mixed precision
             module["forward"] = original

@@ -17,6 +17,8 @@ from nso_hf.backends.errors import adds_gradients, not_prepared
 class Replicated(Backend):
     """Every process holds the whole model; one process is the case of a single replica."""
 
+    stays = True
+
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         super().__init__(accelerator, model)
         self.name = "one process" if self.num_processes == 1 else "DistributedDataParallel"

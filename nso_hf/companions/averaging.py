@@ -111,8 +111,8 @@ class AveragingCallback(Companion):
         backend, weights = self.held()
         average = self._parts(weights)
         with ExitStack() as stack:
-            if self._updates_bn and _batch_norms(backend.module()):
-                stack.enter_context(Buffers(backend.module()).kept())
+            if self._updates_bn and _batch_norms(backend.module):
+                stack.enter_context(Buffers(backend.module).kept())
             stack.enter_context(borrowed(weights, backend)).move_to(_To(average))
             self._measure_statistics(backend)
             yield
@@ -180,7 +180,7 @@ class AveragingCallback(Companion):
         control.should_log, control.should_evaluate = before
 
     def _measure_statistics(self, backend: Backend) -> None:
-        trainer, module = self.trainer, backend.module()
+        trainer, module = self.trainer, backend.module
         norms = _batch_norms(module)
         if not (self._updates_bn and norms):
             return

@@ -59,7 +59,7 @@ class Objective:
             self.backend = alone(model)
         if batches is None:
             raise refusal("batches", None, "a model brings no data", "Pass batches, or a Trainer")
-        self._model = self.backend.module()
+        self._model = self.backend.module
         self.all_weights = all_weights = self.backend.weights()
         can_unfreeze = self.backend.differentiates_twice
         self.weights = select_measured(all_weights, self._model, params, can_unfreeze)

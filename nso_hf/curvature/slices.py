@@ -81,7 +81,7 @@ def loss_slice(
 
 
 def _filter_normalised(objective: Objective, seed: int, number: int) -> list[Tensor]:
-    vectors, modules = objective.vectors, objective.backend.module().modules()
+    vectors, modules = objective.vectors, objective.backend.module.modules()
     transposed = {id(module.weight) for module in modules if isinstance(module, Conv1D)}
     directions = vectors.split(vectors.draw(seed, number, "normal"))
     for weight, direction in zip(objective.weights, directions, strict=True):

@@ -74,6 +74,28 @@ def parameters_beside(trainer: object, model: nn.Module) -> Iterator[tuple[str, 
                     yield name, parameter
 
 
+def trained_now(trainer: object) -> Iterator[tuple[int, bool, bool]]:
+    """Of each parameter of all modules that the trainer holds: its id, whether it is trained, and
+    whether there is a hook on its gradient."""
+    held = [value for value in vars(trainer).values() if isinstance(value, (nn.Module, dict))]
+    waiting = [
+        module
+        for each in held
+        for module in (each.values() if isinstance(each, dict) else [each])
+        if isinstance(module, nn.Module)
+    ]
+    seen = set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            waiting += filter(None, module._modules.values())
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+                    yield id(parameter), parameter.requires_grad, bool(hooks)
+
+
 def select_perturbed(
     weights: Sequence[Weight], args: SelectionOptions, frozen: bool = False
 ) -> list[Weight]:

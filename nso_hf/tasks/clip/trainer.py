@@ -196,7 +196,7 @@ class CLIPTrainer(NSOTrainer):
         assert self._nso_point is not None
         point = (self._nso_point.displacement, self._nso_point.sign)
         if point not in self._nso_features:
-            number, module = len(self._nso_micro_batches), self.nso_backend.module()
+            number, module = len(self._nso_micro_batches), self.nso_backend.module
             encoded = {mine: {name: outputs[name].detach() for name in _FEATURES}}
             # Random numbers go on where those of this micro-batch end, as they will when the
             # following ones have their turn: with common random numbers, the same dropout masks.
@@ -264,7 +264,7 @@ class CLIPTrainer(NSOTrainer):
         """What to call to encode, whichever way the weights are held."""
         wrapped = self.model_wrapped if self.model_wrapped is not None else self.model
         assert wrapped is not None
-        return select(self.accelerator, wrapped).module()
+        return select(self.accelerator, wrapped).module
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

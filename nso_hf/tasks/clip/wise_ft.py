@@ -45,7 +45,7 @@ class FirstWeights:
         check_range("alpha", alpha, 0, 1, "0 are the first weights, 1 those after training")
         backend, weights = trainer.nso_weights()
         trained = [weight for weight in weights if weight.name in self._weights]
-        module = backend.module()
+        module = backend.module
         with Buffers(module).kept(), borrowed(trained, backend) as perturbation:
             perturbation.move_to(_Between(self._weights, alpha))
             for name, buffer in module.named_buffers():
