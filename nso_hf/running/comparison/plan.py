@@ -134,14 +134,22 @@ def figure(record: Record | None, metric: str) -> float | None:
 
 
 def numbers(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """{"test": {"accuracy": 0.9}} -> {"test.accuracy": 0.9}"""
+    """{"test": {"accuracy": 0.9}} -> {"test.accuracy": 0.9}; of the rows of what survives
+    [{"kind": "bits", "strength": 3, "loss": 2}] -> {"robustness.bits 3.loss": 2}."""
     found: dict[str, float] = {}
     for name, value in figures.items():
+        if name == "robustness" and isinstance(value, list):
+            value = {_change_of(row): row for row in value}
         if isinstance(value, Mapping):
             found |= {f"{name}.{rest}": it for rest, it in numbers(value, f"{name}/").items()}
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found[name.removeprefix(prefix)] = value  # the Trainer's logs say "curvature/trace"
     return found
+
+
+def _change_of(row: Mapping[str, Any]) -> str:
+    kind, strength = row["kind"], row["strength"]
+    return str(kind) if strength is None else f"{kind} {strength:g}"
 
 
 def nearest(metric: str, figures: Iterable[str]) -> str:

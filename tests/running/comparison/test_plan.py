@@ -195,12 +195,22 @@ def test_one_run_of_each_trial_has_all_options():
 def test_figures_have_the_names_of_their_places():
     figures = {"test": {"accuracy": 0.9, "n": {"x": 2}}, "ok": True, "rows": [1], "steps": 3}
     figures |= {"curvature": {"curvature/trace": 7.0, "step": 2}, "none": None}
+    changes = [("none", None), ("bits", 4), ("noise", 0.005)]
+    figures["robustness"] = [
+        {"kind": kind, "strength": strength, "loss": place}
+        for place, (kind, strength) in enumerate(changes)
+    ]
     assert numbers(figures) == {
         "test.accuracy": 0.9,
         "test.n.x": 2,
         "steps": 3,
         "curvature.trace": 7.0,
         "curvature.step": 2,
+        "robustness.none.loss": 0,
+        "robustness.bits 4.loss": 1,
+        "robustness.bits 4.strength": 4,
+        "robustness.noise 0.005.loss": 2,
+        "robustness.noise 0.005.strength": 0.005,
     }
     assert figure(record(test={"accuracy": float("inf")}), "test.accuracy") is None
     assert figure(None, "test.accuracy") is None
