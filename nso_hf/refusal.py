@@ -36,6 +36,11 @@ def check_integer(option: str, value: int, low: int, hint: str) -> None:
         raise refusal(option, value, f"must be an integer, at least {low}", hint)
 
 
+def check_seed(option: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise refusal(option, value, "must be an integer from 0 to 4294967295", "Typical: 42")
+
+
 class MissingPackage(ImportError):  # noqa: N818
     """A package of an extra is not installed."""
 

@@ -49,8 +49,11 @@ def parser() -> argparse.ArgumentParser:
     add("file", type=Path, metavar="FILE.yaml", help="what is compared (docs/compare.md)")
     add("--output_dir", type=Path, help="in place of the file's (default: runs/compare/NAME)")
     add("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
-    add("--dry_run", "--dry-run", action="store_true", help="say what would be run, and how long")
-    add("--report", action="store_true", help="only make the table and pictures anew")
+    either = made.add_mutually_exclusive_group().add_argument
+    either(
+        "--dry_run", "--dry-run", action="store_true", help="say what would be run, and how long"
+    )
+    either("--report", action="store_true", help="only make the table and pictures anew")
     add("--retry", action="store_true", help="run those again that failed")
     add("--keep", action="store_true", help="keep what runs wrote, in OUTPUT_DIR/work")
     return made

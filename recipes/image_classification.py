@@ -92,8 +92,9 @@ def open_collections(
     if protocol.test and has_test:
         tested = data.open("data", pixels, split="test_split", labelled=True)
         recorded.check("data", data.data, "test images", tested.digest())
-        found, labels = with_classes(tested)
-        test = Labelled(tested, found, numbers_of(labels, classes, "data", data.data))
+        found, tests = with_classes(tested)
+        targets = numbers_of(tests, classes, "data", data.data, trained=labels)
+        test = Labelled(tested, found, targets)
     validation = some(splits.validation) if splits.validation else None
     return Collections(classes, splits, train, validation, test)
 

@@ -79,7 +79,8 @@ def open_examples(
     if protocol.test and has_test:
         texts["test"] = data.test()
         recorded.check("dataset", name, "test texts", texts["test"].digest())
-        labels["test"] = numbers_of(texts["test"].labels, classes, "dataset", name)
+        tested = texts["test"].labels
+        labels["test"] = numbers_of(tested, classes, "dataset", name, trained=found.labels)
     elif protocol.test and splits.test:
         texts["test"] = found.part(splits.test)
         labels["test"] = [numbers[i] for i in splits.test]

@@ -44,6 +44,9 @@ class CompanionOptions:
             check_range("ema_decay", self.ema_decay, 0, 1, "Typical values are 0.99 to 0.9999")
         if self.swa_start is not None:
             check_range("swa_start", self.swa_start, 0, 1, "0.67 averages over the last third")
+            if self.swa_start == 1:
+                rule, cure = "nothing would be averaged", "0.67 averages over the last third"
+                raise refusal("swa_start", self.swa_start, rule, cure)
         if self.l2_sp is not None:
             check_positive("l2_sp", self.l2_sp, "Typical: 0.01")
         if self.early_stopping_patience is not None:

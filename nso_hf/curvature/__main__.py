@@ -29,7 +29,7 @@ from nso_hf.curvature.slices import loss_slice
 from nso_hf.curvature.spectrum import hessian_spectrum
 from nso_hf.curvature.stability import check_sigma, noise_stability
 from nso_hf.curvature.trace import check_count, hessian_trace
-from nso_hf.refusal import refusal
+from nso_hf.refusal import check_positive, refusal
 from nso_hf.running.program import CommandParser, run
 
 _BATCHES = 4  # of a data set, where nobody says how many
@@ -90,6 +90,7 @@ def check(options: argparse.Namespace) -> None:
             rule = "must be odd and at least 3, for W to be among the points"
             raise refusal(name, value, rule, "Use 21, or 0 for none")
     check_sigma(options.sigma)
+    check_positive("slice_extent", options.slice_extent, "Typical: 0.5")
 
 
 def measure(checkpoint: str, options: argparse.Namespace) -> Report:

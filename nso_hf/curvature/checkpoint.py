@@ -1,7 +1,6 @@
 """The batches that the command line measures a checkpoint on, from a data set."""
 
 import inspect
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -40,7 +39,7 @@ class Data:
         """The first batches for `model`: of a .pt file as they are, of a data set by the columns
         that the kind of model needs."""
         if Path(self.path).suffix == ".pt":
-            return self._saved()
+            return self._saved(model)
         adapted: Any = model
         inner = adapted.get_base_model() if hasattr(model, "get_base_model") else model
         columns, collate = self._reading(inner)
@@ -55,18 +54,36 @@ class Data:
         taken = inspect.signature(inner.forward).parameters  # a tokenizer may know more
         return [{name: it for name, it in batch.items() if name in taken} for batch in batches]
 
-    def _saved(self) -> list[Batch]:
+    def _saved(self, model: PreTrainedModel) -> list[Batch]:
         if not Path(self.path).is_file():
             raise refusal("data", self.path, "no such file", "Check the path")
         try:
             saved = torch.load(self.path, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # of whatever is in it: of many kinds
             cure = "Save it with torch.save([dict(batch), ...], path)"
             raise refusal("data", self.path, "not a list of dicts of tensors", cure) from error
         if not isinstance(saved, list):
             rule = f"a {type(saved).__name__}, not a list of dicts"
             raise refusal("data", self.path, rule, "Save a list of batches")
+        if not saved:
+            raise refusal("data", self.path, "it has no batches", "Save one or more")
+        self._check_taken(model, saved[0])
         return saved[: self.num_batches]
+
+    def _check_taken(self, model: PreTrainedModel, batch: Any) -> None:
+        """Refuse batches that the model does not take, or has no loss for."""
+        adapted: Any = model
+        cure = "Save what model(**batch) takes, with its labels"
+        try:
+            with torch.no_grad():
+                loss = dict(adapted(**batch)).get("loss")
+        except Exception as error:  # of any model: of many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            rule = f"a {type(model).__name__} does not take its batches ({reason})"
+            raise refusal("data", self.path, rule, cure) from error
+        if loss is None:
+            rule = f"a {type(model).__name__} has no loss for its batches"
+            raise refusal("data", self.path, rule, cure)
 
     def _reading(self, model: PreTrainedModel) -> tuple[list[tuple[str, ...]], Collate]:
         """The columns that a kind of model can be measured on, and what makes batches of them."""
@@ -106,8 +123,10 @@ class Data:
         return found
 
     def _check_vocabulary(self, model: PreTrainedModel, batches: list[Batch]) -> None:
-        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
-        largest = max((int(b["input_ids"].max()) for b in batches if "input_ids" in b), default=0)
+        tokens = [int(batch["input_ids"].max()) for batch in batches if "input_ids" in batch]
+        if not tokens:  # of images, whose model may have no embeddings
+            return
+        size, largest = getattr(model.get_input_embeddings(), "num_embeddings", None), max(tokens)
         if size is not None and largest >= size:
             rule = f"it has a token {largest}, and the model an embedding of {size}"
             raise refusal("tokenizer", self.tokenizer, rule, "Pass the one of its training")

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from nso_hf.curvature.checkpoint import Data
-from nso_hf.refusal import check_integer, refusal
+from nso_hf.refusal import check_integer, check_seed, refusal
+from nso_hf.running.readiness import check_writable
 
 
 def add_data_options(
@@ -45,12 +46,14 @@ def check_data_options(options: argparse.Namespace) -> None:
     for name in ("batch_size", "max_length", "num_batches"):
         if getattr(options, name) is not None:
             check_integer(name, getattr(options, name), 1, "Give a positive number")
+    check_seed("seed", options.seed)
     if len(set(options.checkpoints)) < len(options.checkpoints):
         rule = "names one twice"
         raise refusal("checkpoints", options.checkpoints, rule, "Name each once")
     if (options.output / "results.json").exists():
         rule = "holds the results of another run"
         raise refusal("output", str(options.output), rule, "Pass another --output")
+    check_writable("output", options.output)
 
 
 def data_of(options: argparse.Namespace, checkpoint: str, *, num_batches: int) -> Data:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -68,7 +69,7 @@ def _own_class(path: str, options: Mapping[str, Any]) -> Any:
 def _load(model_class: Any, path: str, options: Mapping[str, Any]) -> PreTrainedModel:
     try:
         model: PreTrainedModel = model_class.from_pretrained(path, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(path, error) from error
     return model
 
@@ -83,8 +84,11 @@ def _with_adapter(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """The base of an adapter as it was when the adapter was trained, and the adapter on it."""
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
-    config = PeftConfig.from_pretrained(path)
-    saved = load_peft_weights(path, device="cpu")
+    try:
+        config = PeftConfig.from_pretrained(path)
+        saved = load_peft_weights(path, device="cpu")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
     base = _base(path, config, saved, options)
     _resize_embeddings(base, saved)
     # A prompt cannot be loaded as trainable, but be made so.

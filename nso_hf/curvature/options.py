@@ -45,6 +45,9 @@ class CurvatureOptions:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise refusal(option, value, "must be at least 1", "Give a positive number")
+        if self.curvature_steps is not None and not self.curvature:
+            rule, cure = "has no effect without curvature", "Set --curvature true too"
+            raise refusal("curvature_steps", self.curvature_steps, rule, cure)
 
     def callback(self, trainer: Trainer, examples: Any) -> CurvatureCallback | None:
         """What measures it on the first of these examples, a sequence, if anything does; what is

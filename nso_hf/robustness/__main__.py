@@ -36,6 +36,7 @@ from nso_hf.running.program import CommandParser, run
 from nso_hf.tasks.clip.checkpoint import is_of_open_clip
 
 _BATCHES = 16  # of a data set, where nobody says how many
+_SCALES = (0.3, 0.5, 1.0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     strengths: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
         "bits": (int, [8, 4, 3, 2], "of a weight, rounded to nearest"),
-        "group_sizes": (_size, ["none", 64], "weights that share a scale; none: those of a row"),
+        "group_sizes": (size, ["none", 64], "weights that share a scale; none: those of a row"),
         "noise": (float, [0.005, 0.01, 0.02, 0.05], "standard deviations of noise in the weights"),
         "relative_noise": (float, [0.05, 0.1, 0.2, 0.5], "the same over the RMS of a row"),
         "sparsity": (float, [0.5, 0.7, 0.9], "shares of the weights that are set to zero"),
@@ -65,7 +66,6 @@ def parser() -> argparse.ArgumentParser:
         "--scales",
         type=float,
         nargs="+",
-        default=[0.3, 0.5, 1.0],
         metavar="X",
         help="of that (default: 0.3 0.5 1.0)",
     )
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _size(text: str) -> int | None:
+def size(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
@@ -92,7 +92,12 @@ def check(options: argparse.Namespace) -> None:
         options.sparsity,
         options.num_samples,
     )
-    for scale in options.scales:
+    scales = options.scales or []
+    if scales and options.base is None:
+        raise refusal("scales", scales, "of changes to no base", "Set --base, or leave it out")
+    if len(set(scales)) < len(scales):
+        raise refusal("scales", scales, "has one twice", "Name each once")
+    for scale in scales:
         check_positive("scales", scale, "Typical: 0.3 to 1")
     named = [*options.checkpoints, *filter(None, [options.base])]
     for checkpoint in named:
@@ -124,7 +129,7 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
         yield "average", first, average(loaded)
     if options.base:
         base = load(options.base, options)
-        for scale in options.scales:
+        for scale in options.scales or _SCALES:
             merged = task_arithmetic(base, loaded, scale=scale)
             yield f"base + {scale:g} sum of changes", first, merged
 

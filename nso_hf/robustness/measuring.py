@@ -106,6 +106,11 @@ def check_strengths(
     Raises:
         ValueError: one is out of range.
     """
+    strengths = {"bits": bits, "group_sizes": group_sizes, "noise": noise}
+    strengths |= {"relative_noise": relative_noise, "sparsity": sparsity}
+    for option, values in strengths.items():
+        if len(set(values)) < len(values):
+            raise refusal(option, list(values), "has one twice", "Name each once")
     for each in bits:
         check_bits(each)
     for size in group_sizes:
@@ -147,6 +152,8 @@ def _row(
 
 def _stderr(means: Sequence[float], errors: Sequence[float]) -> float:
     """Of the mean of draws, each with its error over the same examples."""
+    if not all(map(math.isfinite, means)):  # of weights that changed too much
+        return math.nan
     between = stdev(means) ** 2 / len(means) if len(means) > 1 else 0.0
     return math.sqrt(fmean(errors) ** 2 + between)
 

@@ -29,7 +29,7 @@ class RobustnessOptions:
         },
     )
     robustness_examples: int = field(
-        default=1000, metadata={"help": "Test examples that is measured on, the first ones."}
+        default=1000, metadata={"help": "Of so many test examples, the first ones."}
     )
 
     def __post_init__(self) -> None:

@@ -94,7 +94,10 @@ def _draw_series(axis: Any, name: str, logs: Mapping[str, Log]) -> None:
                 highest = max(highest, *values)
     axis.set_xlabel("optimizer step")
     axis.set_ylim(bottom=0, top=1.1 * highest or 1)
-    if (len(logs) > 1 or name == "loss") and axis.lines:
+    if not axis.lines:
+        text = "nothing finite was logged:\nlower --logging_steps?"
+        axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes)
+    elif len(logs) > 1 or name == "loss":
         axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 

@@ -1,13 +1,13 @@
 """What can be known before any work is done: whether a training could begin, save and report."""
 
-import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from nso_hf.refusal import refusal
+from nso_hf.refusal import check_seed, refusal
 
 _AT_LEAST = {
     "num_train_epochs": 0,
@@ -38,7 +38,9 @@ def check_ready(args: TrainingArguments, metrics: Iterable[str]) -> None:
     if args.fp16 and args.device.type == "cpu":
         raise refusal("fp16", True, "needs an accelerator", "Use --bf16, or neither")
     _check_packages(args)
-    _check_writable(Path(str(args.output_dir)))
+    if not args.output_dir:
+        raise refusal("output_dir", "", "names no folder", "Leave it out, or name one")
+    check_writable("output_dir", Path(str(args.output_dir)))
 
 
 def _check_ranges(args: TrainingArguments) -> None:
@@ -56,6 +58,9 @@ def _check_ranges(args: TrainingArguments) -> None:
         if getattr(args, f"{kind}_strategy") == "steps" and not steps > 0:
             cure = f"Give a positive number, or --{kind}_strategy no"
             raise refusal(f"{kind}_steps", steps, "must be above 0", cure)
+    for option in ("seed", "data_seed"):
+        if getattr(args, option) is not None:
+            check_seed(option, getattr(args, option))
 
 
 def _check_packages(args: TrainingArguments) -> None:
@@ -74,13 +79,19 @@ def _check_packages(args: TrainingArguments) -> None:
             raise refusal("optim", optim, _line(error), cure) from error
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(option: str, folder: Path) -> None:
+    """
+    Raises:
+        ValueError: the folder is a file, or cannot be made or written to; nothing is left there.
+    """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise refusal("output_dir", str(folder), f"{nearest} is a file", "Name another folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise refusal(option, str(folder), f"{nearest} is a file", "Name another folder")
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
         rule = f"{nearest} cannot be written to"
-        raise refusal("output_dir", str(folder), rule, "Name another folder")
+        raise refusal(option, str(folder), rule, "Name another folder") from error
 
 
 def _line(error: Exception) -> str:

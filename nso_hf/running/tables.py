@@ -204,7 +204,18 @@ def _rows_of_object(value: Row, refuse: _Refuse) -> list[Row]:
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
-_DECODER = json.JSONDecoder(parse_float=WrittenNumber, parse_constant=WrittenNumber)
+def _named_once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {twice!r} twice")
+    return row
+
+
+_DECODER = json.JSONDecoder(
+    parse_float=WrittenNumber, parse_constant=WrittenNumber, object_pairs_hook=_named_once
+)
 _SPACE = re.compile(r"\s*")
 _HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 

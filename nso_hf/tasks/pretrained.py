@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from nso_hf.backends import shape_of
-from nso_hf.refusal import refusal
+from nso_hf.refusal import check_positive, refusal
 
 logger = logging.get_logger(__name__)
 
@@ -77,6 +78,8 @@ class PretrainedOptions:
         if isinstance(self.lora_target_modules, str):
             rule, cure = "must be a list of names", "Write it as [q_proj, v_proj]"
             raise refusal("lora_target_modules", self.lora_target_modules, rule, cure)
+        if self.lora_alpha is not None:
+            check_positive("lora_alpha", self.lora_alpha, "Leave it out for 2 x lora_r")
         if not 0 <= self.lora_dropout < 1:
             raise refusal(
                 "lora_dropout", self.lora_dropout, "must be in [0, 1)", "Typical: 0 to 0.1"
@@ -105,13 +108,16 @@ def load_pretrained(
         model_class = class_of(AutoConfig.from_pretrained(path, **files))
         tokenizer = AutoTokenizer.from_pretrained(path, **files)
         model = model_class.from_pretrained(path, dtype=options.dtype, **files, **config_options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         cure = "Give a hub id, or a folder with config.json and the weights"
         raise refusal("model_name_or_path", path, reason, cure) from error
     if options.gguf_file:  # it was dequantised: from here on an ordinary model that can be saved
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
+    if not has_texts(tokenizer):
+        cure = "Put that of its training there"
+        raise refusal("model_name_or_path", path, "there is no tokenizer in it", cure)
     check_vocabulary(model, tokenizer, path)
     return model, tokenizer
 
@@ -128,6 +134,11 @@ def _folder(path: str) -> str:
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise refusal("model_name_or_path", path, "no such folder", "Check the path")
     return path
+
+
+def has_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it has more than special tokens, of which alone some are made without files."""
+    return len(tokenizer) > len(set(tokenizer.all_special_tokens))
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -125,6 +125,9 @@ class ProtocolOptions:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         size = getattr(self, option)
         number = round(size * len(indices)) if size < 1 else int(size)
+        if size and not number:
+            rule = f"of {len(indices)} examples that is none"
+            raise refusal(option, size, rule, "Raise it, or give a number of examples")
         if number >= len(indices):
             rule = f"there are {len(indices)} examples"
             raise refusal(option, size, rule, "Lower it")
@@ -132,5 +135,5 @@ class ProtocolOptions:
         gone = set(labels[indices].tolist()) - set(labels[indices[kept]].tolist())
         if gone:
             rule = f"no training example of class {classes[min(gone)]!r} would be left"
-            raise refusal(option, size, rule, "Lower it")
+            raise refusal(option, size, rule, "Lower it, or give the class more examples")
         return indices[kept], indices[held]

@@ -61,6 +61,10 @@ class ClassifierOptions:
             if not isinstance(given, dict):
                 raise refusal("model_kwargs", self.model_kwargs, "no JSON object", cure)
             self.model_kwargs = given
+        for name in {"num_labels", "id2label", "label2id"} & {*(self.model_kwargs or {})}:
+            raise refusal(
+                "model_kwargs", name, "the data say which classes there are", "Leave it out"
+            )
 
     def pixels(self, data: str) -> "Pixels":
         """How images are made for the model, where they are those of `data`."""

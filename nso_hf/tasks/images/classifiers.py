@@ -124,7 +124,7 @@ def load_classifier(
             )
     except Refusal:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of a configuration, of files, of timm: of many kinds
         raise _unreadable(name, error) from error
     _check_loaded(name, model, found, len(classes), pixels.image_size)
     loaded: PreTrainedModel = model

@@ -98,11 +98,14 @@ class Images(Dataset[dict[str, Tensor]]):
         Raises:
             ValueError: it cannot be read.
         """
+        stored: Any = None
         try:
-            return read_image(self._stored[index])
+            stored = self._stored[index]
+            return read_image(stored)
         except Exception as error:  # of its decoder: of many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            rule = f"image {index} cannot be read ({reason})"
+            which = stored if isinstance(stored, str) else f"image {index}"
+            rule = f"{which} cannot be read ({reason})"
             raise refusal("data", self.name, rule, "Replace it, or leave it out") from error
 
     def batch(self, indices: Sequence[int]) -> Tensor:

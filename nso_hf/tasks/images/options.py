@@ -167,6 +167,8 @@ class ColumnOptions:
     def _check_paths(self, *options: str) -> None:
         for option in options:
             value = getattr(self, option)
+            if value == "":
+                raise refusal(option, value, "names no data", "Give a path or a hub id")
             if value is not None and value.startswith((".", "/")) and not Path(value).exists():
                 raise refusal(option, value, "no such file or folder", "Check the path")
 

@@ -53,7 +53,8 @@ def open_images(
     for option, name in (("image_column", image_column), ("label_column", label_column)):
         if name is not None and name not in found.column_names:
             rule = f"not in {data}, which has {', '.join(found.column_names)}"
-            raise refusal(option, name, rule, "Name one of them, or use a folder for each class")
+            cure = "Name one of them, or use a folder for each of two classes or more"
+            raise refusal(option, name, rule, cure)
     none: list[str | None] = [None] * len(found)
     given = (none, None) if label_column is None else _classes(found, label_column)
     return Images(f"{data}:{split}", _Stored(found, image_column), given[0], pixels, given[1])

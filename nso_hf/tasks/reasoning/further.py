@@ -24,7 +24,7 @@ from nso_hf.tasks.reasoning.generated import generate_examples
 from nso_hf.tasks.reasoning.prompts import PromptFormat
 from nso_hf.tasks.reasoning.texts import Piece, pieces
 
-_SPEC = re.compile(r"(?:([\w.-]+)=)?(.+)", re.DOTALL)
+_SPEC = re.compile(r"(?:([\w.-]+)=)?(?!=)(.*[^=])", re.DOTALL)
 _TASK = re.compile(r"reasoning_gym:(\w+)\s*(\{.*\})?", re.DOTALL)
 _GENERATED = 200  # questions, where no number was asked for
 _TEXT = "text"  # the column of texts
@@ -82,6 +82,9 @@ class FurtherOptions:
         if self.further_size is not None:
             cure = "Two or more have a standard error"
             check_integer("further_size", self.further_size, 2, cure)
+            if not (self.forgetting_data or self.also_test):
+                rule, cure = "there are no further data", "Set --forgetting_data or --also_test"
+                raise refusal("further_size", self.further_size, rule, cure)
         taken: set[str] = set()
         for option, name, spec in self._named():
             if name in taken:

@@ -29,7 +29,10 @@ class AnswerRobustnessOptions(RobustnessOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for bits in self.accuracy_in_bits or []:
+        asked = self.accuracy_in_bits or []
+        if len(set(asked)) < len(asked):
+            raise refusal("accuracy_in_bits", asked, "has one twice", "Name each once")
+        for bits in asked:
             check_bits(bits, "accuracy_in_bits")
         check_group_size(self.accuracy_group_size, "accuracy_group_size")
         if self.accuracy_group_size is not None and not self.accuracy_in_bits:
@@ -52,7 +55,7 @@ class AnswerRobustnessOptions(RobustnessOptions):
         if self.robustness:
             yield {"robustness": self.measure(trainer, rows, model)}
         found: dict[str, dict[str, float]] = {}
-        for bits in dict.fromkeys(self.accuracy_in_bits or []):
+        for bits in self.accuracy_in_bits or []:
             with round_to_nearest(model, bits=bits, group_size=self.accuracy_group_size):
                 answers = trainer.answer(test, f"Test, in {bits} bits", model)
             found[str(bits)] = answers.summary()

@@ -53,9 +53,11 @@ class ModelOptions(PretrainedOptions):
         if self.lora_r is not None and self.linear_probe:
             rule = "trains the head alone, and lora_r adapters too"
             raise refusal("linear_probe", True, rule, "Leave one of them out")
-        if self.lora_r is not None and self.is_new:
-            rule = f"{self.model_name_or_path} is new: there is nothing to adapt"
-            raise refusal("lora_r", self.lora_r, rule, "Leave it out, or name a pretrained model")
+        for option, what in {"lora_r": "adapt", "gguf_file": "load"}.items():
+            if getattr(self, option) is not None and self.is_new:
+                rule = f"{self.model_name_or_path} is new: there is nothing to {what}"
+                cure = "Leave it out, or name a pretrained model"
+                raise refusal(option, getattr(self, option), rule, cure)
 
     @property
     def is_new(self) -> bool:

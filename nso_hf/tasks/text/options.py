@@ -41,6 +41,8 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_integer("max_length", self.max_length, 1, "Typical: 64 to 512")
+        if not self.dataset:
+            raise refusal("dataset", "", "names no data", "Give a path or a hub id")
         if self.test_split == "train":
             cure = "Name another, or leave it out to hold test texts out"
             raise refusal("test_split", "train", "is what is trained on", cure)
@@ -52,9 +54,15 @@ class DataOptions:
             option = next(n for n, v in vars(Columns()).items() if getattr(self, n) != v)
             rule = f"{self.dataset} has no columns to choose"
             raise refusal(option, getattr(self, option), rule, "Leave it out")
+        if self.dataset_config is not None and self._is_alone():
+            rule = f"{self.dataset} has no configurations"
+            raise refusal("dataset_config", self.dataset_config, rule, "Leave it out")
         looks_local = is_table(self.dataset) or self.dataset.startswith((".", "/"))
         if looks_local and not Path(self.dataset).exists():
             raise refusal("dataset", self.dataset, "no such file or folder", "Check the path")
+
+    def _is_alone(self) -> bool:
+        return self.dataset in CARRIED or Path(self.dataset).is_file()
 
     @property
     def columns(self) -> Columns:

@@ -83,7 +83,7 @@ def read_texts(
             try:
                 _read(row, columns, found)
             except KeyError as error:
-                raise _no_column(error.args[0], columns, f"row {number} of {name}", row) from error
+                raise _no_column(error.args[0], columns, number, name, row) from error
             except RowError as error:
                 raise refusal("dataset", name, f"row {number}: {error}", error.cure) from error
     return found
@@ -132,7 +132,10 @@ def _classes(sources: Iterable[tuple[str, Any]], columns: Columns) -> list[str] 
     return None
 
 
-def _no_column(missing: str, columns: Columns, where: str, row: Row) -> ValueError:
+def _no_column(missing: str, columns: Columns, number: int, source: str, row: Row) -> ValueError:
     option = next(name for name, column in vars(columns).items() if column == missing)
-    there = f"{where} has the columns {', '.join(map(repr, row))}"
-    return refusal(option, missing, there, f"Set --{option} to one of them")
+    there = f"row {number} of {source} has the columns {', '.join(map(repr, row))}"
+    cure = (
+        f"Set --{option} to one of them" if number == 1 else "Write it there, or leave the row out"
+    )
+    return refusal(option, missing, there, cure)
