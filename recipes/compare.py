@@ -41,6 +41,7 @@ from nso_hf.running.comparison.records import (
 )
 from nso_hf.running.comparison.report import report
 from nso_hf.running.program import CommandParser, run
+from nso_hf.running.readiness import check_writable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -144,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparison = read(options)
     needs("nso compare", "recipes", "matplotlib", "rich", "scipy")
     output = comparison.output_dir
+    if not options.dry_run:
+        check_writable("output_dir", output)
     if options.report:
         records = read_records(output)
         report(comparison, cells(comparison, records), records)

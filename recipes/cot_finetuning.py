@@ -55,7 +55,7 @@ OPTIONS = [
 def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(OPTIONS, description=__doc__.split("\n")[0], configs=CONFIGS)
     model_options, data, further, curvature, robustness, companions, args = parser.parse(argv)
-    needs("cot_finetuning.py", "recipes", *PACKAGES)
+    needs("cot_finetuning.py", "recipes", "peft", *PACKAGES)
     check_ready(args, ["loss", *METRICS])
     companions.check(args)
     curvature.check(args)

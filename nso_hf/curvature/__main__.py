@@ -29,7 +29,7 @@ from nso_hf.curvature.slices import loss_slice
 from nso_hf.curvature.spectrum import hessian_spectrum
 from nso_hf.curvature.stability import check_sigma, noise_stability
 from nso_hf.curvature.trace import check_count, hessian_trace
-from nso_hf.refusal import check_positive, refusal
+from nso_hf.refusal import check_positive, needs, refusal
 from nso_hf.running.program import CommandParser, run
 
 _BATCHES = 4  # of a data set, where nobody says how many
@@ -132,6 +132,7 @@ def measure(checkpoint: str, options: argparse.Namespace) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
+    needs("nso curvature", "recipes", "matplotlib", "rich")
     check(options)
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "results.json"

@@ -117,7 +117,12 @@ class Data:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise refusal("data", self.path, reason, "Check the name and --split") from error
-        found: list[Row] = list(islice(loaded, number))
+        found: list[Row] = []
+        try:
+            found.extend(islice(loaded, number))
+        except (OSError, ValueError) as error:  # of an image that is broken
+            rule = f"row {len(found) + 1} cannot be read ({error})"
+            raise refusal("data", self.path, rule, "Replace it, or leave it out") from error
         if not found:
             raise refusal("data", self.path, "it is empty", "Use another split or file")
         return found

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from nso_hf.refusal import Refusal, refusal
+from nso_hf.refusal import Refusal, needs, refusal
 
 _TASKS = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -82,6 +82,7 @@ def _unreadable(path: str, error: Exception) -> Refusal:
 
 def _with_adapter(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """The base of an adapter as it was when the adapter was trained, and the adapter on it."""
+    needs("a checkpoint of adapters", "recipes", "peft")
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     try:

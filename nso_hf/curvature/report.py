@@ -15,10 +15,7 @@ from nso_hf.curvature.slices import LossSlice
 from nso_hf.curvature.spectrum import Spectrum
 from nso_hf.curvature.stability import NoiseStability
 from nso_hf.curvature.trace import Estimate, Trace, mean_of
-from nso_hf.refusal import needs
 from nso_hf.running.figures import with_error
-
-needs("python -m nso_hf.curvature", "recipes", "matplotlib", "rich")
 
 
 @dataclass(frozen=True, kw_only=True)

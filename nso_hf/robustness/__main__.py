@@ -27,7 +27,7 @@ from nso_hf.curvature.data_options import (
     data_of,
 )
 from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
-from nso_hf.refusal import check_positive, refusal
+from nso_hf.refusal import check_positive, needs, refusal
 from nso_hf.robustness.clip_models import OPTIONS, check_clip_options, load_clip_model, measurable
 from nso_hf.robustness.measuring import Row, check_strengths, robustness
 from nso_hf.robustness.merging import average, check_mergeable, task_arithmetic
@@ -93,12 +93,12 @@ def check(options: argparse.Namespace) -> None:
         options.num_samples,
     )
     scales = options.scales or []
+    for scale in scales:
+        check_positive("scales", scale, "Typical: 0.3 to 1")
     if scales and options.base is None:
         raise refusal("scales", scales, "of changes to no base", "Set --base, or leave it out")
     if len(set(scales)) < len(scales):
         raise refusal("scales", scales, "has one twice", "Name each once")
-    for scale in scales:
-        check_positive("scales", scale, "Typical: 0.3 to 1")
     named = [*options.checkpoints, *filter(None, [options.base])]
     for checkpoint in named:
         if not is_of_open_clip(checkpoint):
@@ -166,6 +166,7 @@ def measure(name: str, checkpoint: str, model: Any, options: argparse.Namespace)
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
+    needs("nso robustness", "recipes", "matplotlib", "rich")
     check(options)
     if options.merge or options.base:
         named = [*filter(None, [options.base]), *options.checkpoints]

@@ -1,14 +1,12 @@
 """What the command line shows of its measurements: tables, a JSON file and a picture."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from nso_hf.refusal import needs
 from nso_hf.robustness.measuring import Row
 from nso_hf.running.figures import with_error
-
-needs("nso robustness", "recipes", "matplotlib", "rich")
 
 Rows = Mapping[str, Sequence[Row]]
 """Checkpoint -> its rows, the same for all."""
@@ -24,9 +22,9 @@ def print_rows(measured: Rows, files: Sequence[Path]) -> None:
     from rich.table import Table
 
     console = Console(markup=False, emoji=False)  # names are shown as they are
-    tables = {"Loss ± standard error": _loss}
+    tables = {"Loss ± standard error": loss_of}
     if all(row.accuracy is not None for rows in measured.values() for row in rows):
-        tables["Accuracy, % ± standard error"] = _accuracy
+        tables["Accuracy, % ± standard error"] = accuracy_of
     for title, written in tables.items():
         table = Table(title=title)
         table.add_column("weights")
@@ -52,13 +50,23 @@ def described(row: Row) -> str:
     return f"{row.kind} {row.strength:g}"
 
 
-def _loss(row: Row) -> str:
+def loss_of(row: Row) -> str:
     return with_error(row.loss, row.stderr)
 
 
-def _accuracy(row: Row) -> str:
+def accuracy_of(row: Row) -> str:
     accuracy, error = row.accuracy or 0.0, row.accuracy_stderr or 0.0
     return f"{100 * accuracy:.1f} ± {100 * error:.1f}"
+
+
+def survival_rows(
+    measured: Sequence[Sequence[Mapping[str, Any]] | None], written: Callable[[Row], str]
+) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a table that has a column for each of these measurements, as results have them,
+    or none."""
+    found = [[Row(**row) for row in rows or ()] for rows in measured]
+    for place, row in enumerate(max(found, key=len, default=[])):
+        yield f"  {described(row)}", [written(rows[place]) if rows else "" for rows in found]
 
 
 def plot_rows(measured: Rows, path: Path) -> Path:

@@ -38,6 +38,9 @@ def arguments(folder, **options):
         ({"save_steps": -5}, "save_steps=-5: must be above 0"),
         ({"eval_strategy": "steps", "eval_steps": -1}, "eval_steps=-1: must be above 0"),
         ({"fp16": True}, "fp16=True: needs an accelerator"),
+        ({"seed": -1}, "seed=-1: must be an integer from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed=4294967296: must be an integer from 0 to 4294967295"),
+        ({"data_seed": -1}, "data_seed=-1: must be an integer from 0 to 4294967295"),
     ],
 )
 def test_options_that_fail_later_are_refused(tmp_path, options, message):
@@ -66,9 +69,15 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     for name in ("file", "file/within"):
         with pytest.raises(ValueError, match=r"output_dir='.*': /.*file is a file"):
             check_ready(arguments(tmp_path / name), METRICS)
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: path != tmp_path
-    )  # root may write anywhere
+    with pytest.raises(ValueError, match=r"output_dir='': names no folder"):
+        check_ready(arguments(""), METRICS)
+    check_ready(arguments(tmp_path / "out" / "a"), METRICS)
+    assert os.listdir(tmp_path) == ["file"], "trying it leaves nothing behind"
+
+    def cannot(*_: object, **__: object) -> None:  # root may write almost anywhere
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "mkdir", cannot)
     with pytest.raises(ValueError, match=r"output_dir='.*out/a': /.* cannot be written to"):
         check_ready(arguments(tmp_path / "out" / "a"), METRICS)
 

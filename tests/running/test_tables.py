@@ -165,6 +165,8 @@ BROKEN = [
     ("a.jsonl", f'{{"a": {"9" * 5000}}}', "line 1 cannot be read (Exceeds the limit"),
     ("a.jsonl", "[" * 100_000, "line 1 cannot be read (maximum recursion"),
     ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}', "line 2 is not utf-8"),
+    ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', "line 2 cannot be read (an object has the name 'a'"),
+    ("a.json", '[{"a": {"b": 1, "b": 2}}]', "line 1 cannot be read (an object has the name 'b'"),
     ("a.json", '[{"a": 1},\n {"a"', "line 2 is not JSON"),
     ("a.json", "[1]", "row 1 is a number, not an object"),
     ("a.json", "true", "it holds a truth value, no rows"),

@@ -89,21 +89,22 @@ def read_comparison(file: Path, find_recipe: Callable[[str], Path]) -> Compariso
         tuning=_tuning(tune, str(metrics[0])) if tune else None,
         metrics=[str(metric) for metric in metrics],
         baseline=baseline,
-        output_dir=Path(_text("output_dir", written) or Path("runs") / "compare" / file.stem),
+        output_dir=Path(
+            _text("output_dir", written.get("output_dir")) or Path("runs") / "compare" / file.stem
+        ),
         launcher=_launcher(written),
         written=written,
     )
 
 
-def _text(key: str, written: Options) -> str | None:
-    value = written.get(key)
+def _text(where: str, value: Any) -> str | None:
     if value is not None and not (isinstance(value, str) and value.strip()):
-        raise refusal(key, value, "must be a text", "Correct it, or leave it out")
+        raise refusal(where, value, "must be a text", "Correct it, or leave it out")
     return value
 
 
 def _launcher(written: Options) -> str | None:
-    launcher = _text("launcher", written)
+    launcher = _text("launcher", written.get("launcher"))
     if launcher is not None and shutil.which(shlex.split(launcher)[0]) is None:
         rule = "no such program"
         raise refusal("launcher", launcher, rule, "Install it, or leave it out for one process")
@@ -117,8 +118,7 @@ def _methods(written: Options, tune: Options) -> dict[str, Method]:
         where = f"methods.{name}"
         of_method = dict(_mapping(where, value))
         own = _candidates(f"{where}.tune", of_method.pop("tune", None))
-        time_of = _text("time_of", of_method)
-        of_method.pop("time_of", None)
+        time_of = _text(f"{where}.time_of", of_method.pop("time_of", None))
         if own and not tune:
             raise refusal(f"{where}.tune", own, "there is no tune:", "Add tune: with its seeds")
         candidates = shared | own
@@ -183,15 +183,19 @@ def _candidates(where: str, value: Any) -> dict[str, list[Any]]:
 
 
 def _seeds(where: str, value: Any) -> list[int]:
-    seeds = _list(where, value, cure="Write it as [0, 1, 2, 3, 4]")
+    seeds = value if isinstance(value, list) else [value]
+    is_seed = [isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds]
+    if seeds is not value or not all(is_seed):
+        rule = "must be a list of integers, at least 0"
+        raise refusal(where, value, rule, "Write it as [0, 1, 2, 3, 4]")
     for seed in seeds:
         check_seed(where, seed)
-    return seeds
+    return _list(where, seeds)
 
 
-def _list(where: str, value: Any, cure: str = "") -> list[Any]:
+def _list(where: str, value: Any) -> list[Any]:
     if not isinstance(value, list) or not value:
-        cure = cure or ("Name one or more" if value in (None, []) else f"Write [{value}]")
+        cure = "Name one or more" if value in (None, []) else f"Write [{value}]"
         raise refusal(where, value, "must be a list of at least one", cure)
     if any(one in value[:place] for place, one in enumerate(value)):
         raise refusal(where, value, "has one twice", "Name each once")

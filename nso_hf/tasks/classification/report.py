@@ -82,6 +82,13 @@ def _table(results: Mapping[str, Any]) -> "Table":
         table.add_row(counted, *[""] * len(found))
         table.add_row("  memorised, %", *(_percent(f, "memorised") for f in found))
         table.add_row("  told right in spite of them, %", *(_percent(f, "accuracy") for f in found))
+    if any("robustness" in run for run in runs):
+        from nso_hf.robustness.report import accuracy_of, survival_rows
+
+        table.add_section()
+        table.add_row("test accuracy, %, of weights", *[""] * len(columns))
+        for title, cells in survival_rows([run.get("robustness") for run in runs], accuracy_of):
+            table.add_row(title, *cells)
     table.add_section()
     for title, cells in curvature_rows([run["curvature"] for run in runs]):
         table.add_row(title, *cells)

@@ -123,6 +123,9 @@ class ClassifiedDataOptions(ColumnOptions):
         self._check_paths("data")
         if self.test_split is not None and self.test_split.lower() == "none":
             self.test_split = None
+        if self.test_split == self.train_split:
+            cure = "Name another, or none to hold --test_size of it out"
+            raise refusal("test_split", self.test_split, "is what is trained on", cure)
         for name in self.augmentation:
             if name not in AUGMENTATIONS:
                 cure = f"Choose some of {', '.join(AUGMENTATIONS)}"

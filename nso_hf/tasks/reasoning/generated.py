@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nso_hf.refusal import refusal
+from nso_hf.refusal import needs, refusal
 from nso_hf.tasks.reasoning.examples import Example
 
 Metadata = Mapping[str, Any]
@@ -53,6 +53,7 @@ def generate_examples(task: str, size: int, seed: int, **options: Any) -> list[E
     Raises:
         ValueError: no such task, it refuses its options, or its questions have no one answer.
     """
+    needs(f"reasoning_gym:{task}", "recipes", "reasoning_gym")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 

@@ -74,6 +74,13 @@ def _table(results: Mapping[str, Any]) -> "Table":
     for bits in results.get("accuracy_in_bits", {}):
         found = [runs[name].get("accuracy_in_bits", {}).get(bits) for name in columns]
         table.add_row(f"accuracy in {bits} bits", *(_share(f, "accuracy") for f in found))
+    if any("robustness" in run for run in runs.values()):
+        from nso_hf.robustness.report import loss_of, survival_rows
+
+        table.add_row("loss per token, of weights", *[""] * len(columns))
+        measured = [runs[name].get("robustness") for name in columns]
+        for title, cells in survival_rows(measured, loss_of):
+            table.add_row(title, *cells)
     for title, cells in further:
         table.add_row(title, *cells)
     for title, cells in curvature_rows([measured for _, measured in columns.values()]):

@@ -76,6 +76,20 @@ WRONG = {
         "seeds=5: must be a list of integers, at least 0. Write it as [0, 1, 2, 3, 4].",
     ),
     "seeds in words": ({"seeds": "[one]"}, "seeds=['one']: must be a list of integers, at least 0"),
+    "seed beyond NumPy's": ({"seeds": "[4294967296]"}, "seeds=4294967296: must be an integer from"),
+    "no metrics": ({"metrics": "[]"}, "metrics=[]: must be a list of at least one. Name one or"),
+    "folder that is a list": ({"output_dir": "[a]"}, "output_dir=['a']: must be a text. Correct"),
+    "folder that is a number": ({"output_dir": "5"}, "output_dir=5: must be a text. Correct it"),
+    "launcher that is a list": ({"launcher": "[a]"}, "launcher=['a']: must be a text. Correct it"),
+    "blank launcher": ({"launcher": "' '"}, "launcher=' ': must be a text. Correct it, or leave"),
+    "launcher that is not there": (
+        {"launcher": "no_such_launcher --now"},
+        "launcher='no_such_launcher --now': no such program. Install it, or leave it out for one",
+    ),
+    "time of several": (
+        {"methods": "{plain: {time_of: [nso]}, nso: {}}"},
+        "methods.plain.time_of=['nso']: must be a text. Correct it, or leave it out.",
+    ),
     "seed as an option": (
         {"options": "{seed: 3}"},
         "options.seed=3: is set here for each run. Use seeds:.",
