@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -457,6 +458,31 @@ def bfloat16_llama() -> nn.Module:
     return tiny_llama().bfloat16()
 
 
+def cut_off(folder: Path) -> str:
+    """A model whose weights were copied in part."""
+    weights = save_model("gpt2", folder / "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return str(weights.parent)
+
+
+def weights_cut_off(folder: Path) -> object:
+    return command(cut_off(folder))(folder)
+
+
+def saved_batches(content: Any, model: str = "gpt2") -> Callable[[Path], object]:
+    """The curvature command on a .pt file of these batches, or of these bytes."""
+
+    def run(folder: Path) -> object:
+        file = folder / "batches.pt"
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        return command("--data", str(file), model=model)(folder)
+
+    return run
+
+
 CURVATURE: dict[str, Callable[[Path], object]] = {
     "unknown product": measured(hessian_trace, hvp="double"),
     "no samples": measured(hessian_trace, num_samples=0),
@@ -494,6 +520,14 @@ CURVATURE: dict[str, Callable[[Path], object]] = {
         "--max_length", "4", rows='{"prompt": "2 + 2 =", "completion": " 4"}'
     ),
     "a checkpoint that is none": command("{folder}"),
+    "weights that were cut off": weights_cut_off,
+    "batches in no file of torch's": saved_batches(b"junk"),
+    "file without batches": saved_batches([]),
+    "saved batches without labels": saved_batches([{"input_ids": torch.ones(2, 4).long()}]),
+    "saved batches of another model": saved_batches([{"pixel_values": torch.ones(2, 3, 8, 8)}]),
+    "slice of no extent": command("--slice_extent", "0"),
+    "seed below 0 for measurements": command("--seed", "-1"),
+    "measurements into a file": command("--output", "{folder}/rows.txt"),
     "pattern of no parameter, by flag": command("--params", "lora_A", rows='{"text": "a b c"}'),
 }
 
@@ -626,6 +660,14 @@ COMPANIONS: dict[str, Callable[[Path], object]] = {
     "label noise on -100": noisy(labels=[0, -100, 2]),
 }
 
+
+def without_tokenizer(folder: Path) -> object:
+    model = save_model("gpt2", folder / "silent")
+    for file in (*model.glob("*token*"), *model.glob("vocab*"), *model.glob("merges*")):
+        file.unlink()
+    return recipe("--model_name_or_path", str(model))(folder)
+
+
 RECIPE: dict[str, Callable[[Path], object]] = {
     "unknown flag": recipe("--sigmma", "0.1"),
     "sigma negative, by flag": recipe("--sigma", "-1"),
@@ -716,6 +758,18 @@ RECIPE: dict[str, Callable[[Path], object]] = {
     "resume on other data": resumed(write={"data/train.jsonl": ROWS.replace("count", "add")}),
     "resume from nowhere": recipe("--resume_from_checkpoint", "{folder}/none"),
     "curvature of no examples": recipe("--curvature_examples", "0"),
+    "steps of no curvature": recipe("--curvature_steps", "2"),
+    "output folder without a name": recipe("--output_dir", ""),
+    "seed below 0": recipe("--seed", "-1"),
+    "average of no steps": recipe("--swa_start", "1"),
+    "adapters of scale 0": recipe("--lora_r", "2", "--lora_alpha", "0"),
+    "size of no further data": recipe("--further_size", "5"),
+    "further data without a name of theirs": recipe("--forgetting_data", "prose="),
+    "bits named twice": recipe("--accuracy_in_bits", "4", "4"),
+    "model whose weights were cut off": lambda folder: recipe(
+        "--model_name_or_path", cut_off(folder)
+    )(folder),
+    "model without a tokenizer": without_tokenizer,
     "answers in one bit": recipe("--accuracy_in_bits", "4", "1"),
     "answers in groups of no weights": recipe(
         "--accuracy_in_bits", "4", "--accuracy_group_size", "0"
@@ -1095,6 +1149,11 @@ COMPARISON: dict[str, Callable[[Path], object]] = {
     "unknown baseline": comparison(baseline="sgd"),
     "seed twice": comparison(seeds="[0, 1, 0]"),
     "number of seeds": comparison(seeds="5"),
+    "seed that NumPy does not take": comparison(seeds="[4294967296]"),
+    "no figures to compare": comparison(metrics="[]"),
+    "list of output folders": comparison(output_dir="[a, b]"),
+    "launcher that is not installed": comparison(launcher="no_such_launcher"),
+    "time of several methods": comparison(methods="{plain: {time_of: [nso]}, nso: {}}"),
     "seed as an option": comparison(options="{seed: 3}"),
     "option that the recipe has not": comparison(methods="{plain: {sgima: 0}}"),
     "option of a setting that is no number": comparison(settings="{many: {max_steps: many}}"),
@@ -1173,6 +1232,22 @@ TEXT = {
     "more tokens than a pretrained model has places for": text_recipe(
         "--max_length", "129", model="bert"
     ),
+    "data without a name": text_recipe("--dataset", ""),
+    "configuration of a file": text_recipe(
+        *("--dataset", "{folder}/data/train.csv", "--dataset_config", "main")
+    ),
+    "GGUF file of a new model": text_recipe("--gguf_file", "model.gguf"),
+    "one number as two classes": text_recipe(write={"data/train.csv": "text,label\na,1\nb,1.0\n"}),
+    "row without the class's column": text_recipe(
+        *("--dataset", "{folder}/rows.jsonl"),
+        write={"rows.jsonl": '{"text": "a", "label": "x"}\n{"text": "b"}'},
+    ),
+    "class twice in a row": text_recipe(
+        *("--dataset", "{folder}/rows.jsonl"),
+        write={"rows.jsonl": '{"text": "a", "label": "x", "label": "y"}'},
+    ),
+    "share of test texts that is none": text_recipe("--test_size", "0.01"),
+    "share of validation texts that is none": text_recipe("--validation_size", "0.01"),
     "vocabulary of nothing": text_recipe("--vocabulary_size", "10"),
     "adapters of a new model": text_recipe("--lora_r", "4"),
     "adapters and a linear probe": text_recipe(
@@ -1258,7 +1333,28 @@ def without_a_head(folder: Path) -> object:
 _FOLDER = ("--data", "{folder}/data", "--validation_size", "0")
 _HELD_OUT = ("--test_split", "none")
 
+
+def class_in_the_test_alone(folder: Path) -> None:
+    folder_of_images(folder / "data", {"train": 3, "test": 1})
+    (folder / "data" / "test" / "dark").rename(folder / "data" / "test" / "darker")
+
+
+def images_of_one_class(folder: Path) -> None:
+    folder_of_images(folder / "data", {"train": 3})
+    shutil.rmtree(folder / "data" / "train" / "dark")
+
+
 IMAGES: dict[str, Callable[[Path], object]] = {
+    "class of test images alone": images_recipe(*_FOLDER, write=class_in_the_test_alone),
+    "folder of one class": images_recipe(*_FOLDER, *_HELD_OUT, write=images_of_one_class),
+    "tested on the training images": images_recipe("--train_split", "test"),
+    "images without a name": images_recipe("--data", ""),
+    "number of classes as an option of the model": images_recipe(
+        *("--model_kwargs", '{"num_labels": 3}')
+    ),
+    "option of a model that is of another type": images_recipe(
+        *("--model_name_or_path", "cnn", "--model_kwargs", '{"depths": 3}')
+    ),
     "share of wrong labels above 1": images_recipe("--label_noise", "1.5"),
     "all images held out for validation": images_recipe("--validation_size", "1437"),
     "so many that a class is left without": images_recipe("--validation_size", "1435"),
@@ -1380,6 +1476,9 @@ ROBUSTNESS: dict[str, Callable[[Path], object]] = {
     "all weights pruned": robustness_command("--sparsity", "1"),
     "no draws of noise": robustness_command("--num_samples", "0"),
     "no batches": robustness_command("--num_batches", "0"),
+    "bits twice": robustness_command("--bits", "4", "3", "4"),
+    "scale twice": robustness_command("--base", "gpt2", "--scales", "0.5", "0.5"),
+    "scales without a base": robustness_command("--scales", "0.5"),
     "no scale of changes": robustness_command("--scales", "0"),
     "average of one checkpoint": robustness_command("--merge"),
     "average of models of two kinds": robustness_command("--merge", kinds=("gpt2", "llama")),
