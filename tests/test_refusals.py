@@ -3,6 +3,8 @@ value, rule, cure."""
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,32 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it():
     message = re.escape("nso_hf.tasks.clip needs no_such: run pip install 'nso_hf[clip]'")
     with pytest.raises(ImportError, match=message):
         needs("nso_hf.tasks.clip", "clip", "torch", "no_such")
+
+
+@pytest.mark.parametrize("command", ["robustness", "curvature"])
+@pytest.mark.parametrize("package", ["matplotlib", "rich"])
+def test_a_command_without_a_package_ends_in_a_line(command, package):
+    program = f"import sys; sys.modules[{package!r}] = None; sys.argv[0] = 'nso'\n"
+    program += "from nso_hf.__main__ import main; main()"
+    words = [sys.executable, "-c", program, command, "model", "--data", "texts.jsonl"]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode == 1
+    line = f"error: nso {command} needs {package}: run pip install 'nso_hf[recipes]'"
+    assert ended.stderr.splitlines()[-1] == line and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("package", ["peft", "reasoning_gym"])
+def test_a_part_without_its_package_names_it(package, tmp_path, monkeypatch):
+    from nso_hf.curvature.loading import load_checkpoint
+    from nso_hf.tasks.reasoning.generated import generate_examples
+
+    monkeypatch.setattr("nso_hf.refusal.find_spec", lambda name: None if name == package else name)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ImportError, match=rf"needs {package}: run pip install 'nso_hf\[recipes\]'"):
+        if package == "peft":
+            load_checkpoint(str(tmp_path))
+        else:
+            generate_examples("chain_sum", 2, 0)
 
 
 def test_nothing_is_written_before_a_refusal(tmp_path):

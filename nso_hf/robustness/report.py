@@ -65,7 +65,7 @@ def survival_rows(
     """The rows of a table that has a column for each of these measurements, as results have them,
     or none."""
     found = [[Row(**row) for row in rows or ()] for rows in measured]
-    for place, row in enumerate(max(found, key=len, default=[])):
+    for place, row in enumerate(next(filter(None, found), [])):
         yield f"  {described(row)}", [written(rows[place]) if rows else "" for rows in found]
 
 

@@ -355,6 +355,19 @@ def test_a_loss_that_is_not_a_number_still_gets_its_report(tmp_path):
     assert (tmp_path / "plot.png").exists() and (tmp_path / "empty.png").exists()
 
 
+@pytest.mark.parametrize("log", [[], [{"step": 1, "loss": float("nan")}], [{"step": 9}]])
+def test_a_plot_of_nothing_says_why(tmp_path, monkeypatch, log):
+    from matplotlib.axes import Axes
+
+    from nso_hf.running.plots import plot_training
+
+    said = []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **_: said.append(text))
+    results = {"log": log, "nso_options": {"method": "nso", "sigma": 0.1}}
+    plot_training(results, tmp_path / "plot.png", {"loss": "Loss"}, top=None)
+    assert said == ["nothing finite was logged:\nlower --logging_steps?"]
+
+
 def test_label_smoothing_with_an_encoder_decoder(tmp_path):
     model = save_model("t5", tmp_path / "model")
     main(flags(model, tmp_path / "out", label_smoothing_factor=0.1, max_steps=2))

@@ -1,15 +1,20 @@
 """`nso robustness` from its command line to its files."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from nso_hf.refusal import Refusal
 from nso_hf.robustness import average, robustness, task_arithmetic
 from nso_hf.robustness.__main__ import main
-from nso_hf.robustness.report import described
+from nso_hf.robustness.report import accuracy_of, described, survival_rows
+from nso_hf.robustness.report import loss_of as loss_of_row
+from tests.refusals import folder_of_images
 from tests.tiny_models import save_model
 
 FEW = ["--bits", "4", "--noise", "--relative_noise", "0.1", "--sparsity", "0.5"]
@@ -98,6 +103,65 @@ def test_adapters_are_merged_first(folder):
     merged = adapted.merge_and_unload()
     assert rows[0]["loss"] == pytest.approx(loss_of(merged, folder), rel=1e-5)
     assert rows[1]["loss"] != rows[0]["loss"]
+
+
+@pytest.mark.parametrize("command", ["robustness", "curvature"])
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_classifiers_of_images_are_measured(tmp_path, kind, command):
+    """Those of the recipe, of which networks of convolutions have no embeddings."""
+    from nso_hf.curvature.__main__ import main as measure_curvature
+    from nso_hf.tasks.images.classifier_options import ClassifierOptions
+
+    options = ClassifierOptions(kind)
+    pixels = options.pixels("digits")
+    options.load(["dark", "light"], pixels).save_pretrained(tmp_path / kind)
+    pixels.write(tmp_path / kind)
+    folder_of_images(tmp_path / "images", {"train": 2, "test": 2})
+    words = [str(tmp_path / kind), "--data", str(tmp_path / "images"), "--num_samples", "2"]
+    words += ["--output", str(tmp_path / "out")]
+    if command == "robustness":
+        main([*words, *NOTHING])
+    else:
+        few = ["--num_eigenvalues", "1", "--spectrum_steps", "0", "--slice_points", "0"]
+        measure_curvature([*words, *few])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["checkpoints"]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_image_that_is_broken_is_named(tmp_path, split):
+    from nso_hf.tasks.images.classifier_options import ClassifierOptions
+
+    options = ClassifierOptions("cnn")
+    pixels = options.pixels("digits")
+    options.load(["dark", "light"], pixels).save_pretrained(tmp_path / "cnn")
+    pixels.write(tmp_path / "cnn")
+    folder_of_images(tmp_path / "images", {"train": 2, "test": 2})
+    (tmp_path / "images" / split / "light" / "0.png").write_bytes(b"no image")
+    words = [str(tmp_path / "cnn"), "--data", str(tmp_path / "images"), "--split", split]
+    with pytest.raises(Refusal, match=r"data='.*images': row 3 cannot be read \("):
+        main([*words, "--output", str(tmp_path / "out"), *NOTHING])
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("written", [loss_of_row, accuracy_of])
+def test_a_recipe_shows_a_row_for_each_change(written):
+    model, batch = Model(), {"x": torch.eye(3), "labels": torch.arange(3)}
+    rows = robustness(model, [batch], bits=(4, 2), noise=(0.1,), relative_noise=(), sparsity=(0.5,))
+    as_results = [asdict(row) for row in rows]
+    shown = list(survival_rows([None, as_results, as_results], written))
+    assert [title.strip() for title, _ in shown] == [described(row) for row in rows]
+    assert [cells for _, cells in shown] == [["", written(row), written(row)] for row in rows]
+    assert list(survival_rows([None, None], written)) == []
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, labels):
+        logits = self.layer(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def test_what_was_done_is_said():

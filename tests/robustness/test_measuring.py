@@ -142,8 +142,16 @@ def test_other_losses_are_weighted_by_their_examples():
 def test_a_model_that_gives_no_numbers_is_measured_all_the_same():
     model = classifier()
     model.classifier.weight.data.fill_(math.nan)
-    (row,) = robustness(model, class_batches(), **NOTHING)
-    assert math.isnan(row.loss) and math.isnan(row.ece) and row.accuracy < 1
+    drawn = NOTHING | {"noise": (0.1,), "relative_noise": (0.1,)}
+    for row in robustness(model, class_batches(), **drawn, num_samples=3):
+        assert math.isnan(row.loss) and math.isnan(row.ece) and row.accuracy < 1
+
+
+@pytest.mark.parametrize("kind", ["noise", "relative_noise"])
+def test_noise_too_large_for_any_number_has_a_row_too(kind):
+    first, last = robustness(classifier(), class_batches(), **NOTHING | {kind: (1e38,)})
+    assert math.isfinite(first.loss) and math.isfinite(first.stderr)
+    assert not math.isfinite(last.loss) and math.isnan(last.stderr)
 
 
 def test_rows_are_those_of_the_models_in_the_contexts():

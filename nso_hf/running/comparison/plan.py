@@ -14,7 +14,7 @@ from nso_hf.refusal import refusal
 from nso_hf.running.comparison.description import Comparison, Method, Options
 from nso_hf.running.recorded_options import fingerprint
 
-_LONGEST = 100  # of a name that people read; file systems take 255 bytes
+_LONGEST = 150  # bytes of a name that people read; file systems take 255 with all
 Record = Mapping[str, Any]
 """What is known of a run that has ended: see `records`."""
 
@@ -41,7 +41,7 @@ class Run:
         """Of its files."""
         words = [self.setting, self.method, self.role, str(self.options["seed"])]
         readable = re.sub(r"[^\w.]+", "-", "_".join(word for word in words if word))
-        return f"{readable[:_LONGEST]}_{self.key}"
+        return f"{readable.encode()[:_LONGEST].decode(errors='ignore')}_{self.key}"
 
     def __str__(self) -> str:
         where = ", ".join(word for word in (self.setting, self.method) if word)

@@ -80,6 +80,16 @@ def test_what_a_run_is_does_not_depend_on_names_or_order():
     assert not {run.key for run in missing(cells(changed, {}), {})} & set(keys[0])
 
 
+@pytest.mark.parametrize(
+    "name", ["a" * 300, "method " * 60, "40 % w/o labels " * 20, "\u6570" * 300]
+)
+def test_however_long_a_name_is_it_is_one_of_a_file(name, tmp_path):
+    runs = missing(cells(comparison(**{name: Method("", {"sigma": 0})}), {}), {})
+    for run in runs:
+        (tmp_path / f".{run.name}.json.unfinished").touch()
+    assert len({run.name for run in runs}) == len(runs)
+
+
 TUNING = Tuning([100, 101], "validation.accuracy", True)
 ACCURACY = {(0.1, 100): 0.8, (0.1, 101): 0.6, (0.2, 100): 0.7, (0.2, 101): 0.8}
 

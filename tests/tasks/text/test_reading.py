@@ -63,7 +63,7 @@ def test_numbered_classes_have_their_names(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, r"^label_column='label': row 2 of .* has the columns 'text'. Set --label"),
+        ({"text": "x"}, r"^label_column='label': row 2 of .* has the columns 'text'. Write it"),
         ({"label": "x"}, "^text_column='text': row 2 of"),
         ({"text": " ", "label": "x"}, "row 2: 'text' is blank"),
         ({"text": "x", "label": ""}, "row 2: 'label' is blank. Write the class there"),
