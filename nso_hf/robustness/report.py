@@ -110,7 +110,10 @@ def plot_rows(measured: Rows, path: Path) -> Path:
     if not by_accuracy and losses and 0 < 20 * min(losses) < max(losses):
         axes[0][0].set_yscale("log")
     axes[0][0].set_ylabel("accuracy, %" if by_accuracy else "loss")
-    figure.legend(loc="outside upper center", ncols=min(4, len(measured) * 2), fontsize="small")
-    figure.savefig(path, dpi=120)
+    longest = max(len(label) for label in axes[0][0].get_legend_handles_labels()[1])
+    fitting = int(figure.get_figwidth() / (0.6 + 0.08 * longest))  # inches
+    ncols = max(1, min(4, len(measured) * 2, fitting))
+    figure.legend(loc="outside upper center", ncols=ncols, fontsize="small")
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # of a name wider than all panels too
     plt.close(figure)
     return path

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -152,6 +153,30 @@ def test_a_recipe_shows_a_row_for_each_change(written):
     assert [title.strip() for title, _ in shown] == [described(row) for row in rows]
     assert [cells for _, cells in shown] == [["", written(row), written(row)] for row in rows]
     assert list(survival_rows([None, None], written)) == []
+
+
+@pytest.mark.parametrize("length", [5, 60, 150])
+@pytest.mark.parametrize("panels", [1, 3])
+def test_the_legend_is_whole(tmp_path, monkeypatch, length, panels):
+    """However long the names of checkpoints are."""
+    from matplotlib.figure import Figure
+
+    from nso_hf.robustness.report import plot_rows
+
+    strengths = {"bits": (4,), "noise": (), "relative_noise": (), "sparsity": ()}
+    if panels == 3:
+        strengths |= {"noise": (0.1,), "sparsity": (0.5,)}
+    batch = {"x": torch.eye(3), "labels": torch.arange(3)}
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **o: (save(f, *a, **o), drawn.append(f)))
+    rows = robustness(Model(), [batch], **strengths)
+    plot_rows({"a" * length: rows, "b" * length: rows}, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        width = picture.width
+    drawn[0].set_dpi(120)  # that of the file: glyphs do not scale exactly
+    drawn[0].canvas.draw()
+    assert width >= drawn[0].legends[0].get_window_extent().width
 
 
 class Model(nn.Module):
