@@ -286,6 +286,7 @@ def test_the_report_fits_a_terminal_and_survives_one_of_ascii(tmp_path):
     ranks = {f"{way}_{kind}_rank": 1234.5 for way in metrics for kind in ("mean", "median")}
     retrieval = {"images": 9, "texts": 9, "metrics": recalls | ranks, "chance": recalls}
     results = {"log": [], "skipped": {}, "zero_shot": classified, "linear_probe": classified}
+    results["nso_options"] = {"method": "nso", "sigma": 0.1}
     results["retrieval"] = retrieval
     program = "import json, sys; from pathlib import Path\n"
     program += (

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 
 from scipy import stats
 
 from nso_hf.running.comparison.description import Method, Tuning
 from nso_hf.running.comparison.plan import cells, missing
+from nso_hf.running.comparison.records import failure_of
 from nso_hf.running.comparison.report import as_text
 from nso_hf.running.comparison.table import notes, rows
 from tests.running.comparison.test_plan import comparison, ended, record
@@ -53,7 +55,7 @@ def test_failed_runs_are_counted_and_their_seeds_left_out():
     assert nso.runs_in_words() == "2 of 3, failed 1 of 3" == sam.runs_in_words()
     assert nso.difference.count == 2 and nso.values["test.accuracy"] == {0: 0.85, 2: 0.94}
     said = notes(what, found, records, 0)
-    assert [line for line in said if "nso, comparison, seed 1 (loss is nan)" in line]
+    assert [line for line in said if re.match("Failed: nso_comparison_1_.*: loss is nan$", line)]
     assert [line for line in said if "sam, comparison, seed 0 (its figures are not finite)" in line]
     json.dumps([row.as_json() for row in found], allow_nan=False)
     text = as_text(what, found, said)
@@ -115,3 +117,19 @@ def test_times_that_are_not_equal_are_said():
             [line for line in found if "times as long" in line]
         )
         assert bool(said) == any("times as long" in line for line in found)
+
+
+def test_a_failure_is_told_in_a_line():
+    said = [
+        "Loading",
+        "ValueError: old",
+        "error: sigma=-1: too low. Raise it.",
+        "50%|###",
+        "(ended)",
+    ]
+    run = {"run_info": {"error_msg": "\n".join(said)}}
+    assert failure_of(run) == "error: sigma=-1: too low. Raise it. (ended)"
+    run["run_info"]["error_msg"] = "75%|###\n(killed by signal 9)"
+    assert failure_of(run) == "(killed by signal 9)"
+    run["run_info"]["error_msg"] = ""
+    assert failure_of(run) == ""
