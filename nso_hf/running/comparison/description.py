@@ -229,14 +229,13 @@ class _Loader(Loader):
 
 
 def _named_once(loader: _Loader, node: yaml.MappingNode) -> Options:
-    """A mapping of names, which are texts."""
-    found: Options = {}
-    for key, value in node.value:
-        name = str(key.value)
-        if name in found:
+    """A mapping of names, which are texts; those of `<<: *other`, where it does not have its own."""
+    written = [str(key.value) for key, _ in node.value]
+    for name in written:
+        if written.count(name) > 1:
             raise refusal("comparison", name, "stands twice", "Give each a name of its own")
-        found[name] = loader.construct_object(value, deep=True)
-    return found
+    loader.flatten_mapping(node)
+    return {str(key.value): loader.construct_object(value, deep=True) for key, value in node.value}
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _named_once)

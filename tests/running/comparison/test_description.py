@@ -40,6 +40,14 @@ def test_values_are_what_the_options_take(tmp_path):
     assert found.settings == {"0.4": {"label_noise": 0.4}, "none": {}}
 
 
+def test_a_setting_may_be_another_one_with_changes(tmp_path):
+    settings = "{few: &few {train_size: 8, steps: 3}, more: {<<: *few, train_size: 99}}"
+    assert read(tmp_path, settings=settings).settings == {
+        "few": {"train_size": 8, "steps": 3},
+        "more": {"train_size": 99, "steps": 3},
+    }
+
+
 def test_a_methods_lists_come_beside_those_of_all_or_in_their_place(tmp_path):
     methods = "{plain: {tune: {learning_rate: [1, 2, 3, 4]}}, nso: {tune: {sigma: [5, 6]}}}"
     found = read(tmp_path, methods=methods, tune=TUNE).methods
@@ -105,6 +113,10 @@ WRONG = {
     "method of the same name": (
         {"methods": "{plain: {sigma: 0}, plain: {sigma: 1}}"},
         "comparison='plain': stands twice. Give each a name of its own.",
+    ),
+    "option of the same name beside merged ones": (
+        {"settings": "{a: &a {x: 1}, b: {<<: *a, x: 2, x: 3}}"},
+        "comparison='x': stands twice. Give each a name of its own.",
     ),
     "time of an unknown method": (
         {"methods": "{plain: {time_of: sam}, nso: {}}"},
