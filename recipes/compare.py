@@ -40,7 +40,7 @@ from nso_hf.running.comparison.records import (
     write_record,
 )
 from nso_hf.running.comparison.report import report
-from nso_hf.running.program import CommandParser, run
+from nso_hf.running.program import CommandParser, folder, run
 from nso_hf.running.readiness import check_writable
 
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made = CommandParser("compare", __doc__)
     add = made.add_argument
     add("file", type=Path, metavar="FILE.yaml", help="what is compared (docs/compare.md)")
-    add("--output_dir", type=Path, help="in place of the file's (default: runs/compare/NAME)")
+    add("--output_dir", type=folder, help="in place of the file's (default: runs/compare/NAME)")
     add("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     either = made.add_mutually_exclusive_group().add_argument
     either(

@@ -62,6 +62,8 @@ class Collections:
     """With the labels that are trained on."""
     validation: "Labelled | None"
     test: "Labelled | None"
+    without_class: int
+    """Images that were left out."""
 
 
 def open_collections(
@@ -88,6 +90,7 @@ def open_collections(
         return Labelled(images, [indices[place] for place in places], targets)
 
     train = Labelled(images, some(splits.train).indices, splits.labels.tolist())
+    without = len(images) - len(indices)
     test = some(splits.test) if protocol.test and not has_test else None
     if protocol.test and has_test:
         tested = data.open("data", pixels, split="test_split", labelled=True)
@@ -95,8 +98,9 @@ def open_collections(
         found, tests = with_classes(tested)
         targets = numbers_of(tests, classes, "data", data.data, trained=labels)
         test = Labelled(tested, found, targets)
+        without += len(tested) - len(found)
     validation = some(splits.validation) if splits.validation else None
-    return Collections(classes, splits, train, validation, test)
+    return Collections(classes, splits, train, validation, test, without)
 
 
 def load_model(
@@ -243,11 +247,14 @@ def described(model: "PreTrainedModel", collections: Collections) -> str:
     learned = sum(p.numel() for p in weights if p.requires_grad)
     in_all = sum(p.numel() for p in weights)
     counts = [len(c) if c else "no" for c in (collections.validation, collections.test)]
+    without = collections.without_class
+    left_out = f"; {without} without a class left out" if without else ""
     size, wrong = train.images.pixels.image_size, len(collections.splits.wrong)
     return (
         f"{type(model).__name__}, {learned:,} of {in_all:,} parameters trained; "
         f"{len(train)} training images of {size} x {size} pixels in {len(collections.classes)} "
         f"classes, {wrong} with a wrong label; {counts[0]} validation and {counts[1]} test images"
+        f"{left_out}"
     )
 
 

@@ -1374,6 +1374,10 @@ IMAGES: dict[str, Callable[[Path], object]] = {
     ),
     "none beside an augmentation": images_recipe("--augmentation", "none", "flip"),
     "mixtures of nothing": images_recipe("--mixup", "true", "--mixup_alpha", "0"),
+    "option of mixtures without them": images_recipe("--mixup_alpha", "0.4"),
+    "column of what has none": images_recipe("--data", "digits", "--label_column", "kind"),
+    "folder of Fashion-MNIST for digits": images_recipe("--fashion_mnist_folder", "{folder}"),
+    "images too large for any memory": images_recipe("--image_size", "100000"),
     "no such folder of images": images_recipe("--data", "{folder}/none"),
     "split that there is not": images_recipe(*_FOLDER, write=with_images({"train": 3})),
     "column of classes that there is not": images_recipe(
@@ -1480,6 +1484,7 @@ ROBUSTNESS: dict[str, Callable[[Path], object]] = {
     "scale twice": robustness_command("--base", "gpt2", "--scales", "0.5", "0.5"),
     "scales without a base": robustness_command("--scales", "0.5"),
     "no scale of changes": robustness_command("--scales", "0"),
+    "second checkpoint that there is not": robustness_command("--base", "someone/no-such-model"),
     "average of one checkpoint": robustness_command("--merge"),
     "average of models of two kinds": robustness_command("--merge", kinds=("gpt2", "llama")),
     "base that does not exist": robustness_command("--base", "./none"),

@@ -30,7 +30,7 @@ from nso_hf.curvature.spectrum import hessian_spectrum
 from nso_hf.curvature.stability import check_sigma, noise_stability
 from nso_hf.curvature.trace import check_count, hessian_trace
 from nso_hf.refusal import check_positive, needs, refusal
-from nso_hf.running.program import CommandParser, run
+from nso_hf.running.program import CommandParser, folder, run
 
 _BATCHES = 4  # of a data set, where nobody says how many
 
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--slice_extent", type=float, default=0.5, help="in filter norms (default: %(default)s)")
     add("--hvp", choices=HVPS, default="auto", help="how products are had (default: %(default)s)")
     add("--seed", type=int, default=0, help="of all random vectors (default: %(default)s)")
-    add("--output", type=Path, default=Path("curvature"), help="folder (default: %(default)s)")
+    add("--output", type=folder, default=Path("curvature"), help="folder (default: %(default)s)")
     return made
 
 

@@ -29,7 +29,7 @@ _SAVED_TWICE = re.compile(r"modules_to_save\.|original_module\.|^prompt_embeddin
 def check_checkpoint(path: str, gguf_file: str | None = None) -> None:
     """
     Raises:
-        ValueError: what looks like a folder is none, or not of a model.
+        ValueError: it is no folder of a model, and no id of one.
     """
     folder = Path(path)
     if path.startswith((".", "/")) and not folder.is_dir():
@@ -40,15 +40,21 @@ def check_checkpoint(path: str, gguf_file: str | None = None) -> None:
         if there := sorted(file.name for file in folder.glob("*.gguf")):
             cure = f"Pass --gguf_file {there[0]}"
         raise refusal("checkpoint", path, rule, cure)
+    if not folder.is_dir():
+        _own_class(path, _reading(gguf_file))
 
 
 def load_checkpoint(path: str, gguf_file: str | None = None) -> PreTrainedModel:
     """The model of a checkpoint in float32, its adapters trainable where it has them."""
     check_checkpoint(path, gguf_file)
-    options = {"gguf_file": gguf_file} if gguf_file else {}
+    options = _reading(gguf_file)
     if (Path(path) / "adapter_config.json").is_file():
         return _with_adapter(path, options)
     return _load(_own_class(path, options), path, options)
+
+
+def _reading(gguf_file: str | None) -> dict[str, Any]:
+    return {"gguf_file": gguf_file} if gguf_file else {}
 
 
 def _own_class(path: str, options: Mapping[str, Any]) -> Any:

@@ -32,7 +32,7 @@ from nso_hf.robustness.clip_models import OPTIONS, check_clip_options, load_clip
 from nso_hf.robustness.measuring import Row, check_strengths, robustness
 from nso_hf.robustness.merging import average, check_mergeable, task_arithmetic
 from nso_hf.robustness.report import described, plot_rows, print_rows
-from nso_hf.running.program import CommandParser, run
+from nso_hf.running.program import CommandParser, folder, run
 from nso_hf.tasks.clip.checkpoint import is_of_open_clip
 
 _BATCHES = 16  # of a data set, where nobody says how many
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         help="of that (default: 0.3 0.5 1.0)",
     )
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    add("--output", type=Path, default=Path("robustness"), help="folder (default: %(default)s)")
+    add("--output", type=folder, default=Path("robustness"), help="folder (default: %(default)s)")
     clip = made.add_argument_group("models of open_clip")
     for name, text in OPTIONS.items():
         clip.add_argument(f"--{name}", help=text)

@@ -31,6 +31,13 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n(--help lists the options)\n")
 
 
+def folder(text: str) -> Path:
+    """A folder that an option of a command names."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("names no folder")
+    return Path(text)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run the `main` of a program: a refusal or an interrupt ends in a line, not in a traceback."""
     for stream in (sys.stdout, sys.stderr):  # questions in any script, on a terminal that lacks it

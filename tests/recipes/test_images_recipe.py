@@ -20,7 +20,7 @@ from nso_hf.tasks.images.dataset import Pixels
 from nso_hf.tasks.images.reading import read_image
 from recipes.image_classification import OPTIONS, main
 from tests.distributed.launch import torchrun
-from tests.refusals import folder_of_images, idx_files
+from tests.refusals import folder_of_images, idx_files, saved_images
 
 ROOT = Path(__file__).parents[2]
 EFFICIENTNET = ROOT.parent / "shared" / "models" / "efficientnet-lite0"
@@ -114,6 +114,14 @@ def test_curvature_of_what_is_saved(tmp_path):
     measured = json.loads((tmp_path / "measured" / "results.json").read_text())
     (found,) = measured["checkpoints"].values()
     assert found["stability"]["loss"] == pytest.approx(loss, rel=1e-5)  # in float32
+
+
+def test_images_without_a_class_are_counted(tmp_path, capsys):
+    saved_images(train=["a", "b", None, "a", "b"], test=["a", None, "b"])(tmp_path)
+    options = {"data": tmp_path / "data", "validation_size": 0, "train_size": None, "max_steps": 1}
+    main(flags(tmp_path / "out", **options, image_size=8))
+    said = capsys.readouterr().out
+    assert "4 training images" in said and "2 test images; 2 without a class left out" in said
 
 
 def test_test_images_are_not_read_without_being_asked_for(tmp_path, monkeypatch):

@@ -229,7 +229,7 @@ class _Loader(Loader):
 
 
 def _named_once(loader: _Loader, node: yaml.MappingNode) -> Options:
-    """A mapping of names, which are texts; those of `<<: *other`, where it does not have its own."""
+    """A mapping of names, which are texts: its own, and others of `<<: *merged`."""
     written = [str(key.value) for key, _ in node.value]
     for name in written:
         if written.count(name) > 1:

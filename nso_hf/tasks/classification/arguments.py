@@ -1,10 +1,11 @@
 """The options of training classifiers: those of NSO, of training, and of mixup."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nso_hf.arguments import NSOConfig
 from nso_hf.companions.mixup import MixupArguments, MixupTrainer
+from nso_hf.refusal import refusal
 from nso_hf.trainer import NSOTrainer
 
 
@@ -26,6 +27,13 @@ class ClassificationConfig(MixupArguments, NSOConfig):
     per_device_eval_batch_size: int = field(
         default=128, metadata={"help": "Examples evaluated at a time."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in fields(MixupArguments):
+            value = getattr(self, option.name)
+            if not self.mixup and value != option.default:
+                raise refusal(option.name, value, "has no effect", "Set --mixup true too")
 
     @property
     def trainer_class(self) -> type[NSOTrainer]:

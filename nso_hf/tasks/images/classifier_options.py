@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nso_hf.refusal import check_integer, refusal
-from nso_hf.tasks.images.options import ColumnOptions
+from nso_hf.refusal import refusal
+from nso_hf.tasks.images.options import ColumnOptions, check_image_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ class ClassifierOptions:
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
-            check_integer("image_size", self.image_size, 1, "Give a number of pixels")
+            check_image_size(self.image_size)
         if isinstance(self.model_kwargs, str):
             cure = """Write it as '{"hidden_size": 128}'"""
             try:
@@ -121,6 +121,7 @@ class ClassifiedDataOptions(ColumnOptions):
 
     def __post_init__(self) -> None:
         self._check_paths("data")
+        self._check_columns(self.data)
         if self.test_split is not None and self.test_split.lower() == "none":
             self.test_split = None
         if self.test_split == self.train_split:

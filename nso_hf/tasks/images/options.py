@@ -1,7 +1,7 @@
 """The options of pretraining masked autoencoders beside those of training."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from nso_hf.tasks.images.dataset import Images, Pixels
     from nso_hf.tasks.images.models import ViTMAEForPreTraining
 
+NAMED = ("digits", "fashion_mnist", "openmoji")
+"""Collections that have names, and no columns."""
+
+_LARGEST = 4096  # pixels of an image's side
 _OF_NEW_MODELS = (
     "image_size",
     "patch_size",
@@ -53,6 +57,7 @@ class ModelOptions:
     def __post_init__(self) -> None:
         for name in _OF_NEW_MODELS:
             check_integer(name, getattr(self, name), 1, "Give a positive number")
+        check_image_size(self.image_size)
         if self.num_channels not in (1, 3):
             raise refusal("num_channels", self.num_channels, "must be 1 or 3", "Use 1 for grey")
         if self.model_name_or_path is not None:
@@ -111,6 +116,17 @@ class ModelOptions:
         return model, Pixels(config.image_size, config.num_channels, mean, std)
 
 
+def check_image_size(size: int) -> None:
+    """
+    Raises:
+        ValueError: images are not of so many pixels.
+    """
+    check_integer("image_size", size, 1, "Give a number of pixels")
+    if size > _LARGEST:
+        rule = f"must be at most {_LARGEST}, where a batch of 32 takes 6 GB"
+        raise refusal("image_size", size, rule, "Usual sizes are 32 to 1024")
+
+
 def check_masking(ratio: float, patches: int) -> None:
     """
     Raises:
@@ -164,6 +180,20 @@ class ColumnOptions:
             text = re.sub(r"^data=", f"{option}=", str(error))
             raise Refusal(re.sub(r"^split=", f"{split}=", text)) from error
 
+    def _check_columns(self, *sources: str | None) -> None:
+        """Refuse what is said of columns and files that none of the `sources` has."""
+        has_columns = any(source not in (*NAMED, None) for source in sources)
+        read = {
+            "image_column": has_columns,
+            "label_column": has_columns,
+            "fashion_mnist_folder": "fashion_mnist" in sources,
+        }
+        for option in fields(ColumnOptions):
+            value = getattr(self, option.name)
+            if value != option.default and not read[option.name]:
+                rule = f"has no effect on {' and '.join(filter(None, sources))}"
+                raise refusal(option.name, value, rule, "Leave it out")
+
     def _check_paths(self, *options: str) -> None:
         for option in options:
             value = getattr(self, option)
@@ -199,6 +229,7 @@ class DataOptions(ColumnOptions):
     def __post_init__(self) -> None:
         check_integer("validation_size", self.validation_size, 0, "0 holds none out")
         self._check_paths("train_data", "target_data")
+        self._check_columns(self.train_data, self.target_data)
 
 
 @dataclass

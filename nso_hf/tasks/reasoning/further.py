@@ -24,7 +24,7 @@ from nso_hf.tasks.reasoning.generated import generate_examples
 from nso_hf.tasks.reasoning.prompts import PromptFormat
 from nso_hf.tasks.reasoning.texts import Piece, pieces
 
-_SPEC = re.compile(r"(?:([\w.-]+)=)?(?!=)(.*[^=])", re.DOTALL)
+_SPEC = re.compile(r"(?:([\w. -]+)=)?(?!=)(.*[^=])", re.DOTALL)
 _TASK = re.compile(r"reasoning_gym:(\w+)\s*(\{.*\})?", re.DOTALL)
 _GENERATED = 200  # questions, where no number was asked for
 _TEXT = "text"  # the column of texts

@@ -140,6 +140,8 @@ def test_questions_from_files_folders_and_generators(tmp_path):
     )
     assert 190 < len(generated.examples) <= 200
     assert all(e.question.count("+") + e.question.count("-") >= 4 for e in generated.examples)
+    (named,) = loaded(also_test=["two words=reasoning_gym:chain_sum"], further_size=5)
+    assert named.name == "two words" and len(named.examples) == 5
     (task,) = loaded(forgetting_data=["reasoning_gym:chain_sum"], further_size=5, seed=3)
     assert task.name == "chain_sum" and len(task.examples) == 5
 
