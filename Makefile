@@ -89,7 +89,7 @@ lint: $(VENV)/dev ## style and types alone
 	$(BIN)/mypy
 
 bench: $(VENV)/dev ## time and memory of a step against plain training and the alternatives; what back ends send; curvature
-	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python -m benchmarks.step_cost
 	$(BIN)/python -m benchmarks.back_ends
 	$(BIN)/python -m benchmarks.curvature
 

@@ -1,62 +1,192 @@
-"""Time and memory of an optimizer step, each way of training in a process of its own, as ratios to
-plain training.
+"""What an optimizer step costs, each way of training against plain training and against a bare loop
+of as many passes.
 
-    python benchmarks/step_cost.py [--steps 20] [--hidden 384] [--layers 6]
-    python benchmarks/step_cost.py --against ../nso_hf-before
+    python -m benchmarks.step_cost [--models gpt2-14m smollm2-lora] [--accumulation 1 2 4]
+        [--output FOLDER]
 
-With `--against`, two-sided NSO of this checkout and of another one take turns, five times.
-
-"naive" is NSO as commonly written: noise, gradients and weights kept as three copies, the clean
-pass run although its weight is 0 (2k + 1 passes), the weights restored by subtraction.
+Ways of training take turns in one process, `--rounds` times, so that a slow minute falls on all of
+them; figures are medians over the timed steps, and their ratios. "bare" are loops of PyTorch
+alone, of one or two passes; "naive" is NSO as commonly written: noise, gradients and weights kept
+as three copies, a pass at W although its weight is 0, the weights restored by assignment. "Extra
+copies" is what tensors hold at most in a training, beyond the same of plain training, in copies of
+the trained weights.
 """
 
 import argparse
 import gc
 import json
-import os
-import resource
+import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
 
+from benchmarks.allocations import CountAllocations
 from nso_hf import NSOConfig, NSOTrainer
 
-WAYS = {
-    "plain": {},
-    "nso": {},
-    "nso, one-sided": {"two_sided": False},
-    "nso, alternate": {"sign": "alternate"},
-    "nso, k=2": {"num_perturbations": 2},
-    "naive": {},
-    "nso, start 0.8": {"start": 0.8},
-    "nso, interval 10": {"interval": 10},
-    "sam": {"method": "sam"},
-    "sam, interval 10": {"method": "sam", "interval": 10},
-    "asam": {"method": "asam"},
-    "rsam": {"method": "rsam"},
-    "bsam": {"method": "bsam", "method_kwargs": {"num_examples": 64}, "optim": "sgd"},
-    "fsam": {"method": "fsam"},
-    "cr_sam": {"method": "cr_sam"},
-    "hero": {"method": "hero"},
-    "msam": {"method": "msam"},
-    "async_sam": {"method": "async_sam"},
-    "zo": {"method": "zo"},
+Batch = dict[str, Tensor]
+RESULTS = Path(__file__).parent / "results" / "step_cost"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_WARM = 2  # steps of each training that are not timed
+_LEARNING_RATE = 1e-5
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# Models, each with the examples it is trained on.
+
+
+def toy() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2))
+
+
+def gpt2_14m() -> nn.Module:
+    config = GPT2Config(vocab_size=8192, n_embd=384, n_layer=6, n_head=6, n_positions=1024)
+    return GPT2LMHeadModel(config)
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config())
+
+
+def smollm2() -> nn.Module:
+    """The shapes of SmolLM2-135M."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def llama() -> nn.Module:
+    """The shapes of Llama 3.2 1B."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+
+class Contrastive(nn.Module):
+    """A CLIP model of open_clip with its loss, as a model of transformers has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import open_clip
+
+        self.clip = open_clip.create_model("ViT-S-16", output_dict=True)
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        found = self.clip(image=image, text=text)
+        logits = found["logit_scale"] * found["image_features"] @ found["text_features"].T
+        labels = torch.arange(len(logits), device=logits.device)
+        return {"loss": (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2}
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "toy": toy,
+    "gpt2-14m": gpt2_14m,
+    "gpt2": gpt2,
+    "smollm2": smollm2,
+    "smollm2-lora": lambda: with_lora(smollm2()),
+    "llama": llama,
+    "llama-lora": lambda: with_lora(llama()),
+    "vit-s-16": Contrastive,
 }
+
+
+def examples(model: nn.Module, number: int, length: int) -> list[Batch]:
+    if isinstance(model, Contrastive):
+        context = model.clip.context_length
+        return [
+            {"image": torch.randn(3, 224, 224), "text": torch.randint(1, 400, (context,))}
+            for _ in range(number)
+        ]
+    config: Any = model.config
+    rows = torch.randint(config.vocab_size, (number, length))
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+# Ways of training.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all ways of training have in common."""
+
+    data: list[Batch]
+    batch: int
+    """Examples of a micro-batch."""
+    accumulation: int
+    steps: int
+    """That are timed."""
+    options: dict[str, Any]
+    """Of the training arguments."""
+
+
+Way = Callable[[nn.Module, Setting], list[float]]
+"""Trains a model; returns the seconds of the timed steps."""
+
+
+class Stopwatch(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        wait()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        wait()
+        self.seconds.append(time.perf_counter() - self._start)
 
 
 class NaiveTrainer(Trainer):
     """What NSO costs when written without care."""
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
         weights = [p for p in model.parameters() if p.requires_grad]
         old = [p.data.clone() for p in weights]
-        kept = [torch.zeros_like(p) for p in weights]
+        kept = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
         loss = super().training_step(model, dict(inputs), num_items_in_batch)
         noise = [0.01 * torch.randn_like(p) for p in weights]
         for sign in (1, -1):
@@ -65,123 +195,272 @@ class NaiveTrainer(Trainer):
                 p.grad = None
             super().training_step(model, dict(inputs), num_items_in_batch)
             for g, p in zip(kept, weights, strict=True):
-                g.add_(p.grad, alpha=0.5)
+                if p.grad is not None:
+                    g.add_(p.grad, alpha=0.5)
         for p, w, g in zip(weights, old, kept, strict=True):
             p.data, p.grad = w, g
         return loss
 
 
-class Stopwatch(TrainerCallback):
-    def __init__(self):
-        self.times = []
+def by_trainer(kind: type[Trainer] = NSOTrainer, **options: Any) -> Way:
+    def train(model: nn.Module, setting: Setting) -> list[float]:
+        watch = Stopwatch()
+        with tempfile.TemporaryDirectory() as folder:
+            args = NSOConfig(
+                folder,
+                use_cpu=DEVICE.type == "cpu",
+                report_to="none",
+                save_strategy="no",
+                max_steps=setting.steps + _WARM,
+                disable_tqdm=True,
+                per_device_train_batch_size=setting.batch,
+                gradient_accumulation_steps=setting.accumulation,
+                logging_strategy="no",
+                learning_rate=_LEARNING_RATE,
+                **setting.options,
+                **options,
+            )
+            trainer = kind(model=model, args=args, train_dataset=setting.data, callbacks=[watch])
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return watch.seconds[_WARM:]
 
-    def on_step_begin(self, *args, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *args, **kwargs):
-        self.times.append(time.perf_counter() - self.start)
+    return train
 
 
-def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
-    """Mean seconds per optimizer step (the first left out), and the peak resident memory in MiB."""
+def micro_batches(setting: Setting) -> Iterator[Batch]:
+    """Without end."""
+    while True:
+        for first in range(0, len(setting.data), setting.batch):
+            rows = setting.data[first : first + setting.batch]
+            yield {name: torch.stack([row[name] for row in rows]).to(DEVICE) for name in rows[0]}
+
+
+def gradients(model: nn.Module, batches: Sequence[Batch], passes: int, options: Any) -> None:
+    """The mean gradient over micro-batches, each evaluated so many times."""
+    is_mixed = bool(options.get("bf16"))
+    for batch in batches:
+        for _ in range(passes):
+            with torch.autocast(DEVICE.type, torch.bfloat16) if is_mixed else nullcontext():
+                loss = model(**batch)["loss"]
+            (loss / (passes * len(batches))).backward()
+
+
+def bare(passes: int) -> Way:
+    """The least that so many gradients of each micro-batch can cost."""
+
+    def train(model: nn.Module, setting: Setting) -> list[float]:
+        weights = [p for p in model.to(DEVICE).train().parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=_LEARNING_RATE, fused=True)
+        following, seconds = micro_batches(setting), []
+        for _ in range(setting.steps + _WARM):
+            wait()
+            start = time.perf_counter()
+            batches = list(islice(following, setting.accumulation))
+            gradients(model, batches, passes, setting.options)
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            wait()
+            seconds.append(time.perf_counter() - start)
+        return seconds[_WARM:]
+
+    return train
+
+
+def bare_sam(model: nn.Module, setting: Setting) -> list[float]:
+    """pytorch_optimizer's SAM, as its documentation has it: the ascent is of the whole batch."""
+    from pytorch_optimizer import SAM
+
+    weights = [p for p in model.to(DEVICE).train().parameters() if p.requires_grad]
+    optimizer = SAM(weights, torch.optim.AdamW, rho=0.05, lr=_LEARNING_RATE)
+    following, seconds = micro_batches(setting), []
+    for _ in range(setting.steps + _WARM):
+        wait()
+        start = time.perf_counter()
+        batches = list(islice(following, setting.accumulation))
+        gradients(model, batches, 1, setting.options)
+        optimizer.first_step(zero_grad=True)
+        gradients(model, batches, 1, setting.options)
+        optimizer.second_step(zero_grad=True)
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return seconds[_WARM:]
+
+
+WAYS: dict[str, Way] = {
+    "plain": by_trainer(Trainer),
+    "bare, one pass": bare(1),
+    "bare, two passes": bare(2),
+    "bare, SAM of pytorch_optimizer": bare_sam,
+    "naive": by_trainer(NaiveTrainer),
+    "nso, sigma 0": by_trainer(sigma=0),
+    "nso": by_trainer(),
+    "nso, rademacher": by_trainer(distribution="rademacher"),
+    "nso, k=2": by_trainer(num_perturbations=2),
+    "nso, alternate": by_trainer(sign="alternate"),
+    "nso, start 0.8": by_trainer(start=0.8),
+    "nso, interval 10": by_trainer(interval=10),
+    "sam": by_trainer(method="sam"),
+    "msam": by_trainer(method="msam"),
+    "zo": by_trainer(method="zo"),
+}
+OVER_ALL_STEPS = ("nso, start 0.8", "nso, interval 10")
+"""Whose steps differ: the figure is their mean."""
+
+
+def memory(way: Way, model: nn.Module, setting: Setting) -> int:
+    """The most bytes that tensors hold in a training, beyond those before it."""
+    short = Setting(setting.data, setting.batch, setting.accumulation, 0, setting.options)
+    with CountAllocations() as allocations:
+        way(model, short)
+    return allocations.peak
+
+
+def made(name: str) -> nn.Module:
+    """A model, on the device."""
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=8192,
-        n_embd=options.hidden,
-        n_layer=options.layers,
-        n_head=6,
-        n_positions=options.length,
-    )
-    model = GPT2LMHeadModel(config)
-    tokens = torch.randint(8192, (64, options.length))
-    data = [{"input_ids": row, "labels": row} for row in tokens]
-    trainer_class = {"plain": Trainer, "naive": NaiveTrainer}.get(way, NSOTrainer)
-    watch = Stopwatch()
-    with tempfile.TemporaryDirectory() as folder:
-        args = NSOConfig(
-            folder,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            max_steps=options.steps + 1,
-            disable_tqdm=True,
-            per_device_train_batch_size=options.batch,
-            gradient_accumulation_steps=2,
-            logging_steps=10_000,
-            **WAYS[way],
-        )
-        trainer = trainer_class(model=model, args=args, train_dataset=data, callbacks=[watch])
+    with DEVICE:
+        return MODELS[name]()
+
+
+def measured(
+    name: str,
+    model: nn.Module,
+    accumulation: int,
+    options: argparse.Namespace,
+    training: dict[str, Any],
+) -> dict[str, Any]:
+    """What every way of training takes for a model.
+
+    Args:
+        training: arguments of training.
+    """
+    data = examples(model, 4 * options.batch * accumulation, options.length)
+    setting = Setting(data, options.batch, accumulation, options.steps, training)
+    # One micro-batch has no second one for the other sign.
+    ways = [way for way in options.ways if accumulation > 1 or way != "nso, alternate"]
+    if not training.keys() <= {"bf16"}:  # which is all that the bare loops know
+        ways = [way for way in ways if not way.startswith("bare")]
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peak: dict[str, int] = {}
+    for number, way in product(range(options.rounds), ways):
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds[way] += WAYS[way](model, setting)
+        if DEVICE.type == "cuda":
+            peak[way] = torch.cuda.max_memory_allocated()
+        model.zero_grad()
         gc.collect()
-        trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"seconds": statistics.mean(watch.times[1:]), "peak": peak, "parameters": parameters}
+        said = f"{name}, accumulation {accumulation}, round {number + 1}: {way}"
+        print(f"{said}: {seconds[way][-1]:.3f} s", flush=True)
+    model.zero_grad()
+    copy = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    peaks = {}
+    if options.memory:
+        peaks = {way: memory(WAYS[way], model, setting) / copy for way in ways}
+    return {
+        "model": name,
+        "accumulation": accumulation,
+        "batch": options.batch,
+        "length": options.length,
+        "training": training,
+        "trained_bytes": copy,
+        "seconds": seconds,
+        "copies": peaks,
+        "peak_bytes": peak,
+    }
 
 
-def in_a_process(way: str, checkout: Path | None = None) -> dict[str, float]:
-    """What `measure` says, of the library in `checkout`, or of the one that is installed."""
-    environment = os.environ | ({} if checkout is None else {"PYTHONPATH": str(checkout)})
-    command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-    if "--against" in command:
-        del command[(place := command.index("--against")) : place + 2]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
-    if line is None:
-        sys.exit(done.stderr[-2000:])
-    result: dict[str, float] = json.loads(line.removeprefix("RESULT"))
-    return result
+def typical(way: str, seconds: Sequence[float]) -> float:
+    return (statistics.mean if way in OVER_ALL_STEPS else statistics.median)(seconds)
 
 
-def compare(other: Path) -> None:
-    """Print the ratio of a step's time here and in another checkout."""
-    checkouts = [Path(__file__).parent.parent, other]
-    rounds = [[in_a_process("nso", folder)["seconds"] for folder in checkouts] for _ in range(5)]
-    ratios = [here / there for here, there in rounds]
-    print("seconds/step here, there: " + ", ".join(f"{a:.4f} {b:.4f}" for a, b in rounds))
-    best = min(here for here, _ in rounds) / min(there for _, there in rounds)
-    print(f"ratio: median {statistics.median(ratios):.3f}, of the fastest {best:.3f}")
+def table(result: dict[str, Any]) -> str:
+    """A row for each way."""
+    times = {way: typical(way, taken) for way, taken in result["seconds"].items()}
+    against = [way for way in ("plain", "bare, two passes") if way in times]
+    titles = ["way", "ms a step", *(f"x {way}" for way in against)]
+    titles += ["extra copies"] * bool(result["copies"]) + ["peak GiB"] * bool(result["peak_bytes"])
+    lines = [titles, ["---"] * len(titles)]
+    for way, taken in times.items():
+        ratios = [f"{taken / times[other]:.3f}" for other in against]
+        held = []
+        if result["copies"]:
+            held.append(f"{result['copies'][way] - result['copies']['plain']:.2f}")
+        if result["peak_bytes"]:
+            held.append(f"{result['peak_bytes'][way] / 2**30:.2f}")
+        lines.append([way, f"{1000 * taken:.1f}", *ratios, *held])
+    training = ", ".join(result["training"])
+    what = f"{result['model']}, {result['accumulation']} x {result['batch']} examples"
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{what}{training and f', {training}'}\n\n{rows}\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Times plain training, for each way."""
+    from matplotlib import pyplot as plt
+
+    ways = list(dict.fromkeys(way for result in results for way in result["seconds"]))
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(ways) + 1.5), layout="constrained")
+    width = 0.8 / len(results)
+    for number, result in enumerate(results):
+        plain = typical("plain", result["seconds"]["plain"])
+        found = [(ways.index(way), typical(way, of)) for way, of in result["seconds"].items()]
+        places = [place + (number - (len(results) - 1) / 2) * width for place, _ in found]
+        label = f"{result['model']}, accumulation {result['accumulation']}"
+        axes.barh(places, [taken / plain for _, taken in found], width, label=label)
+    axes.set_yticks(range(len(ways)), ways)
+    axes.invert_yaxis()
+    for passes in (1, 2):
+        axes.axvline(passes, color="0.6", linewidth=0.8, zorder=0)
+    axes.set_xlabel("time of a step / plain training's")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def written(results: Sequence[dict[str, Any]], folder: Path) -> None:
+    """results.json, results.md and step_cost.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hardware = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
+    threads = torch.get_num_threads()
+    about = {
+        "hardware": hardware if DEVICE.type == "cuda" else f"{hardware} CPU, {threads} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    text = json.dumps(about | {"results": list(results)}, indent=1) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    tables = "\n".join(map(table, results))
+    (folder / "results.md").write_text(f"{about}\n\n{tables}", encoding="utf-8")
+    plot(results, folder / "step_cost.png")
+
+
+def parser(models: Sequence[str]) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps timed")
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
-    parser.add_argument(
-        "--batch", type=int, default=4, help="sequences per micro-batch; two micro-batches per step"
-    )
-    parser.add_argument("--way", choices=WAYS, help="measure this one and print JSON")
-    parser.add_argument("--against", type=Path, help="folder of another checkout")
-    options = parser.parse_args()
-    if options.against:
-        compare(options.against)
-        return
-    if options.way:
-        print("RESULT", json.dumps(measure(options.way, options)))
-        return
-    results = {}
-    for way in WAYS:
-        results[way] = in_a_process(way)
-        print(f"{way}: {results[way]['seconds']:.3f} s", file=sys.stderr, flush=True)
-    plain = results["plain"]
-    copy = plain["parameters"] * 4 / 2**20
-    print(
-        f"GPT-2 of {plain['parameters'] / 1e6:.1f}M parameters (one float32 copy: {copy:.0f} MiB), "
-        f"{torch.get_num_threads()} threads"
-    )
-    print(
-        "| way | seconds/step | x plain | extra memory, in copies of the weights "
-        "|\n|---|---|---|---|"
-    )
-    for way, result in results.items():
-        extra = (result["peak"] - plain["peak"]) / copy
-        print(
-            f"| {way} | {result['seconds']:.3f} | {result['seconds'] / plain['seconds']:.2f} | "
-            f"{extra:.2f} |"
-        )
+    add = made.add_argument
+    add("--models", nargs="+", choices=MODELS, default=models)
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    add("--accumulation", nargs="+", type=int, default=[1, 2, 4], help="micro-batches of a step")
+    add("--batch", type=int, default=8, help="examples of a micro-batch")
+    add("--length", type=int, default=128, help="tokens of an example")
+    add("--steps", type=int, default=4, help="timed, of each way in each round")
+    add("--rounds", type=int, default=3)
+    add("--no_memory", dest="memory", action="store_false", help="measure time alone")
+    add("--output", type=Path, default=RESULTS, help="folder (default: %(default)s)")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(["gpt2-14m", "smollm2-lora", "vit-s-16"]).parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    results = []
+    for name, accumulation in product(options.models, options.accumulation):
+        results.append(measured(name, made(name), accumulation, options, {}))
+        print(table(results[-1]), flush=True)
+        written(results, options.output)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from nso_hf.methods.options import SharedOptions
 from nso_hf.refusal import check_choice, check_integer, refusal
 from nso_hf.step.selection import SelectionOptions
 
+BACKUPS = ("device", "cpu")
+
 
 @dataclass
 class NSOArguments(SharedOptions, SelectionOptions):
@@ -36,6 +38,15 @@ class NSOArguments(SharedOptions, SelectionOptions):
         default=None,
         metadata={
             "help": "Options of methods other than nso, a dict or JSON, as lr_scheduler_kwargs."
+        },
+    )
+
+    backup: str = field(
+        default="device",
+        metadata={
+            "help": "Where the weights are kept while they are displaced: on their 'device', or in "
+            "the memory of the 'cpu' (pinned), which saves one copy of them on a GPU.",
+            "choices": list(BACKUPS),
         },
     )
 
@@ -64,6 +75,7 @@ class NSOArguments(SharedOptions, SelectionOptions):
     def check(self) -> None:
         """Raise a `ValueError` for an option out of range, or one that does not go with another."""
         check_choice("method", self.method, list(METHODS))
+        check_choice("backup", self.backup, list(BACKUPS))
         self.check_shared()
         self.check_selection()
         for option in ("per_device_train_batch_size", "per_device_eval_batch_size"):

@@ -26,7 +26,7 @@ from nso_hf.step.edits import edits_refused
 from nso_hf.step.generation import check_generates_nothing, generation_refused
 from nso_hf.step.kept import Keeps, load, load_renamed, save
 from nso_hf.step.measurements import NORM, Measurements, norm_of
-from nso_hf.step.perturbation import borrowed
+from nso_hf.step.perturbation import Perturbation, borrowed
 from nso_hf.step.rates import check_can_be_slow, slow_down
 from nso_hf.step.selection import (
     check_patterns,
@@ -98,6 +98,9 @@ class NSOTrainerMixin(_Base):
         self._nso_measurements = Measurements()
         self._nso_point: Point | None = None  # where the weights are, within a training step
         self._nso_inputs: Any = None  # of this evaluation, prepared
+        self._nso_further_passes = 0.0  # of this micro-batch, beside its last one
+        self._nso_parked: Perturbation | None = None  # between the micro-batches of a step
+        self._nso_parks = True
         self._nso_states = States()
         self._nso_loads_from = ""
         self._nso_is_awaited = False  # there is a batch, and no training step of it yet
@@ -126,7 +129,8 @@ class NSOTrainerMixin(_Base):
             self.control.should_training_stop = True
             return [], None
         self._nso_micro_batch = 0
-        self._nso_states.sums.clear()  # of a step that failed
+        self._nso_parked = None  # of a step that failed, as are
+        self._nso_states.sums.clear()
         self._nso_measurements.begin(self.state.global_step)
         result = super().get_batch_samples(*args, **kwargs)
         self._nso_is_awaited = bool(result[0])
@@ -139,7 +143,7 @@ class NSOTrainerMixin(_Base):
             raise refusal("training_step", type(self).__qualname__, rule, cure)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._nso_is_awaited, self._nso_is_first = False, True
+        self._nso_is_awaited, self._nso_is_first, self._nso_parks = False, True, True
         self._nso_states = States()
         if self.model is not None:  # as in all trials of a hyperparameter search but the first
             self._nso_select_for_training(self.model)
@@ -151,6 +155,7 @@ class NSOTrainerMixin(_Base):
             result = super().train(*args, **kwargs)
         finally:  # or they would outlive a model that is moved or made anew
             self._nso_weights, self._nso_all_weights, self._nso_side_effects = None, [], None
+            self._nso_parked = None
             self._nso_states = States()
         self._nso_check_was_called()
         return result
@@ -209,6 +214,11 @@ class NSOTrainerMixin(_Base):
         # Once for all evaluations of a micro-batch, at W.
         return inputs if inputs is self._nso_inputs else super()._prepare_inputs(inputs)
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        # The Trainer asks once after each training step, for the batch of that step.
+        passes, self._nso_further_passes = 1 + self._nso_further_passes, 0.0
+        return round(passes * super().floating_point_ops(inputs))
+
     def training_step(
         self,
         model: nn.Module,
@@ -223,9 +233,10 @@ class NSOTrainerMixin(_Base):
         Returns:
             The loss to report, a detached scalar: for NSO the weighted mean over its evaluations.
         """
-        self._nso_is_awaited = False
-        self._nso_is_first |= not model.training  # an evaluation came between
-        model.train()
+        self._nso_is_awaited, self._nso_further_passes = False, 0.0
+        if not model.training:
+            self._nso_is_first = True  # an evaluation came between
+            model.train()
         if callable(switch := getattr(self.optimizer, "train", None)):
             switch()  # schedule-free optimizers edit the weights here: before they are backed up
         step = self._nso_step(model)
@@ -234,7 +245,7 @@ class NSOTrainerMixin(_Base):
         backend = self.nso_backend
         with (
             backend.step_afterwards(),
-            borrowed(step.weights, backend) as perturbation,
+            self._nso_borrowed(step) as perturbation,
             self._nso_in_a_step(),
         ):
             points = method.evaluations(step)
@@ -264,6 +275,21 @@ class NSOTrainerMixin(_Base):
         return reported
 
     @contextmanager
+    def _nso_borrowed(self, step: Step) -> Iterator[Perturbation]:
+        """The weights; what a micro-batch parks is for the next one of its step."""
+        used, self._nso_parked = self._nso_parked, None
+        if used is None or not used.is_of(step.weights):
+            used = Perturbation(step.weights, self.nso_backend, backup=self.nso_args.backup)
+        goes_on = step.acts and not self.accelerator.sync_gradients
+        parks = goes_on and self._nso_parks and self.nso_args.chosen_method().parks(step.weights)
+        with borrowed(step.weights, self.nso_backend, used):
+            yield used
+            if parks:
+                used.park(thoroughly=self._nso_is_first)
+        self._nso_parks &= not used.was_edited
+        self._nso_parked = used if parks else None
+
+    @contextmanager
     def _nso_in_a_step(self) -> Iterator[None]:
         try:
             yield
@@ -282,9 +308,7 @@ class NSOTrainerMixin(_Base):
         weight; returns the loss."""
         with ExitStack() as stack:
             if not point.last:
-                share = 1 if point.weight or point.into else _FORWARD_SHARE
-                flops = share * float(self.floating_point_ops(inputs))
-                self.current_flos += flops  # type: ignore[assignment]
+                self._nso_further_passes += 1 if point.weight or point.into else _FORWARD_SHARE
                 stack.enter_context(self._nso_unnoticed(step, model, point))
             if not point.last or point.displacement is not None:
                 every, displaced = self._nso_all_weights, step.weights

@@ -348,6 +348,7 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     "lambda above 1": option(clean_weight=1.1),
     "unknown distribution": option(distribution="binomial"),
     "unknown method": option(method="sharpness"),
+    "backup on a disk": option(backup="disk"),
     "unknown schedule": option(sigma_schedule="step"),
     "unknown sign": option(sign="minus"),
     "negative dimensions": option(perturb_min_ndim=-1),

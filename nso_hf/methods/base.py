@@ -183,6 +183,11 @@ class Method(ABC):
         """The points of a step in which the method is used, or the only one of a plain step."""
         return self.points(step) if step.acts else _plain()
 
+    def parks(self, weights: Sequence[Weight]) -> bool:
+        """Whether the next micro-batch begins where the last evaluation of this one was, or at its
+        mirror image, and that takes longer to make than to keep."""
+        return False
+
     @abstractmethod
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
         """Yield each point, be sent its loss (a scalar), and return the loss to report for the

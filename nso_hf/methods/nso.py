@@ -24,13 +24,15 @@ multiplied by sqrt(n): the penalty, averaged over steps, stays sigma^2/2 Tr Hess
 """
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from torch import Tensor
 
+from nso_hf.backends import Weight
 from nso_hf.methods.base import Method, Point, Step
 from nso_hf.methods.options import SIGMA_SCHEDULES
 from nso_hf.refusal import refusal
+from nso_hf.step import counter
 from nso_hf.step.noise import Noise
 
 
@@ -90,6 +92,10 @@ class NSO(Method):
     def displaces(self) -> bool:
         return self.args.sigma > 0 and self.args.clean_weight < 1
 
+    def parks(self, weights: Sequence[Weight]) -> bool:
+        is_drawn_fast = any(counter.serves(weight.data.device.type) for weight in weights)
+        return self.args.num_perturbations == 1 and not is_drawn_fast
+
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
         lam, k = self.args.clean_weight, self.args.num_perturbations
         share = SIGMA_SCHEDULES[self.args.sigma_schedule](step.progress)
@@ -100,8 +106,8 @@ class NSO(Method):
         if step.is_measured:
             step.measurements["nso/sigma"] = sigma
 
-        def U(j: int) -> Noise:
-            return Noise(step.seed, step.number, j, sigma, self.args.distribution)
+        def U(j: int, sign: int = 1) -> Noise:
+            return Noise(step.seed, step.number, j, sign * sigma, self.args.distribution)
 
         if self.args.sign == "alternate":
             i, weight = step.micro_batch, 1.0
@@ -111,8 +117,10 @@ class NSO(Method):
                 if not is_noisy:
                     return weight * (yield Point(weight=weight, last=True))
             pair, odd = divmod(i, 2) if self.args.two_sided else (i, 0)
-            point = Point(U(pair % k), sign=-1 if odd else 1, weight=weight, last=True)
-            return weight * (yield point)
+            sign = -1 if odd else 1
+            # -U is drawn as fast as U, where that is not to be kept.
+            at = (U(pair % k), sign) if self.parks(step.weights) else (U(pair % k, sign), 1)
+            return weight * (yield Point(*at, weight=weight, last=True))
 
         # While sigma is still small the differences of losses are rounding, divided by sigma^2.
         measures_trace = self.args.log_sharpness and step.is_measured and share >= 0.1

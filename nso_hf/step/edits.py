@@ -27,13 +27,13 @@ def edits_refused(
     """
     watched = [weight for weight in every if _is_whole(weight)]
     seen = [_seen(weight.parameter) for weight in watched]
-    sums = _checksums(displaced) if is_thorough else None
+    sums = checksums(displaced) if is_thorough else None
     yield
     for weight, earlier in zip(watched, seen, strict=True):
         if _seen(weight.parameter) != earlier:
             raise _refusal(weight)
     if sums is not None:
-        for weight, before, after in zip(displaced, sums, _checksums(displaced), strict=True):
+        for weight, before, after in zip(displaced, sums, checksums(displaced), strict=True):
             if before != after:
                 raise _refusal(weight)
 
@@ -49,7 +49,7 @@ def _is_whole(weight: Weight) -> bool:
     return not is_wrapper and weight.parameter.numel() == weight.numel
 
 
-def _checksums(weights: Sequence[Weight]) -> list[int]:
+def checksums(weights: Sequence[Weight]) -> list[int]:
     """Of the bits of each weight."""
     sums = [_bits(weight.data).sum(dtype=torch.int64) for weight in weights]
     return torch.stack([value.to(sums[0].device) for value in sums]).tolist()  # one wait

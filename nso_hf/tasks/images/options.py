@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nso_hf.refusal import Refusal, check_choice, check_integer, check_positive, refusal
+from nso_hf.tasks.images.named import NAMED
 
 if TYPE_CHECKING:
     from nso_hf.tasks.images.dataset import Images, Pixels
     from nso_hf.tasks.images.models import ViTMAEForPreTraining
-
-NAMED = ("digits", "fashion_mnist", "openmoji")
-"""Collections that have names, and no columns."""
 
 _LARGEST = 4096  # pixels of an image's side
 _OF_NEW_MODELS = (

@@ -10,12 +10,10 @@ from PIL import Image
 from nso_hf.refusal import refusal
 from nso_hf.tasks.images.dataset import Images, Pixels
 from nso_hf.tasks.images.fashion_mnist import CLASSES, FOLDER, fashion_mnist
+from nso_hf.tasks.images.named import NAMED, SPLITS
 from nso_hf.tasks.images.openmoji import openmoji_rows
-from nso_hf.tasks.images.options import NAMED
 from nso_hf.tasks.images.stored import open_stored
 
-SPLITS = ("train", "test")
-"""Of what has a name."""
 _EVERY = 5  # image of the digits is a test image
 
 
