@@ -13,6 +13,7 @@ from transformers import (
     GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -75,6 +76,29 @@ def test_torch_compile(tmp_path):
     # <= 1, and leave it on.
     error = 1e-6 if DEVICE.type == "cpu" else 3 * 2**-10
     assert largest_difference(compiled, reference_weights(token_data(24))) <= error
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("options", [{}, {"sign": "alternate"}, {"backup": "cpu"}])
+def test_nothing_is_compiled_after_the_second_step(tmp_path, options):
+    graphs = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    args = config(
+        tmp_path,
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        **options,
+    )
+    train(tiny_llama(), token_data(48), args, callbacks=[Count()])
+    assert graphs[0] > 0 and graphs[1:] == [graphs[1]] * 5
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
