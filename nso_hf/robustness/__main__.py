@@ -4,7 +4,7 @@
 
 Prints tables with a column for each checkpoint, and writes results.json and a picture with all of
 them on one scale. results.json is written after each checkpoint. Adapters are merged first.
-CLIP models of open_clip are measured on images with captions, or with classes:
+CLIP models (open_clip, transformers) are measured on images with captions, or with classes:
 
     nso robustness runs/clip --data val.tar --label_column cls --class_names names.json
 """
@@ -33,7 +33,7 @@ from nso_hf.robustness.measuring import Row, check_strengths, robustness
 from nso_hf.robustness.merging import average, check_mergeable, task_arithmetic
 from nso_hf.robustness.report import described, plot_rows, print_rows
 from nso_hf.running.program import CommandParser, folder, run
-from nso_hf.tasks.clip.checkpoint import is_of_open_clip
+from nso_hf.tasks.clip.checkpoint import is_clip
 
 _BATCHES = 16  # of a data set, where nobody says how many
 _SCALES = (0.3, 0.5, 1.0)
@@ -41,7 +41,7 @@ _SCALES = (0.3, 0.5, 1.0)
 
 def parser() -> argparse.ArgumentParser:
     made = CommandParser("robustness", __doc__)
-    also = "; of models of open_clip, what nso clip takes"
+    also = "; of CLIP models, what nso clip takes"
     add_data_options(made, split="test", num_batches=_BATCHES, also=also)
     add = made.add_argument
     strengths: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--output", type=folder, default=Path("robustness"), help="folder (default: %(default)s)")
-    clip = made.add_argument_group("models of open_clip")
+    clip = made.add_argument_group("CLIP models")
     for name, text in OPTIONS.items():
         clip.add_argument(f"--{name}", help=text)
     return made
@@ -101,7 +101,7 @@ def check(options: argparse.Namespace) -> None:
         raise refusal("scales", scales, "has one twice", "Name each once")
     named = [*options.checkpoints, *filter(None, [options.base])]
     for checkpoint in named:
-        if not is_of_open_clip(checkpoint):
+        if not is_clip(checkpoint):
             check_checkpoint(checkpoint, options.gguf_file)
     check_clip_options(options, named)
     if options.merge and len(options.checkpoints) < 2:
@@ -110,7 +110,7 @@ def check(options: argparse.Namespace) -> None:
 
 def load(checkpoint: str, options: argparse.Namespace) -> Any:
     """The model of a checkpoint, its adapters merged into it."""
-    if is_of_open_clip(checkpoint):
+    if is_clip(checkpoint):
         return load_clip_model(checkpoint).model
     model: Any = load_checkpoint(checkpoint, options.gguf_file)
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
@@ -136,7 +136,7 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
 
 def _on(model: Any, checkpoint: str, options: argparse.Namespace) -> tuple[Any, list[Batch]]:
     """The model with a loss and logits, and the batches that it is measured on."""
-    if is_of_open_clip(checkpoint):
+    if is_clip(checkpoint):
         return measurable(model, checkpoint, options, options.num_batches or _BATCHES)
     return model, data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
 

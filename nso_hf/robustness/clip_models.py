@@ -1,4 +1,4 @@
-"""Models of open_clip on the command line: their options, and what they are measured on."""
+"""CLIP models on the command line: their options, and what they are measured on."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -8,7 +8,7 @@ from torch import nn
 
 from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import needs, refusal
-from nso_hf.tasks.clip.checkpoint import is_of_open_clip, name_of
+from nso_hf.tasks.clip.checkpoint import is_clip, is_of_open_clip, name_of
 from nso_hf.tasks.clip.options import DataOptions, EvaluationOptions
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ def check_clip_options(options: Namespace, checkpoints: list[str]) -> None:
     """
     Raises:
         ValueError: one is wrong, or has no effect on these checkpoints.
-        MissingPackage: open_clip is not installed, and one of these is a model of its.
+        MissingPackage: the extra is not installed, and one of these is a CLIP model.
     """
     given = _given(options)
-    if not any(map(is_of_open_clip, checkpoints)):
+    if not any(map(is_clip, checkpoints)):
         for name, value in given.items():
-            rule = "none of the checkpoints is a model of open_clip"
+            rule = "none of the checkpoints is a CLIP model"
             raise refusal(name, value, rule, "Leave it out")
         return
     for name in _OF_CLASSES:
@@ -46,10 +46,10 @@ def check_clip_options(options: Namespace, checkpoints: list[str]) -> None:
             raise refusal(name, given[name], "has no effect", "Set --label_column too")
     for name in ("tokenizer", "gguf_file"):
         if (value := getattr(options, name)) is not None:
-            rule = "models of open_clip have their own beside their weights"
+            rule = "CLIP models have their own beside their weights"
             raise refusal(name, value, rule, "Leave it out")
     _evaluation(given)
-    needs("nso robustness of a model of open_clip", "clip", *_PACKAGES)
+    needs("nso robustness of a CLIP model", "clip", *_PACKAGES)
 
 
 def load_clip_model(checkpoint: str) -> "ClipModel":
@@ -57,15 +57,19 @@ def load_clip_model(checkpoint: str) -> "ClipModel":
     Raises:
         ValueError: no model or no weights can be read.
     """
-    from nso_hf.tasks.clip.models import load_clip
+    if is_of_open_clip(checkpoint):
+        from nso_hf.tasks.clip.models import load_clip
 
-    return load_clip(name_of(checkpoint))
+        return load_clip(name_of(checkpoint))
+    from nso_hf.tasks.clip.of_transformers import load_clip_of_transformers
+
+    return load_clip_of_transformers(checkpoint)
 
 
 def measurable(
     model: nn.Module, checkpoint: str, options: Namespace, num_batches: int
 ) -> tuple[nn.Module, list[Batch]]:
-    """A model of open_clip with a loss and logits, and batches for it.
+    """A CLIP model with a loss and logits, and batches for it.
 
     Args:
         checkpoint: whose tokenizer and transform of images it takes.

@@ -8,6 +8,7 @@ import sys
 import open_clip
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from nso_hf.refusal import MissingPackage
 from nso_hf.robustness import average, round_to_nearest
@@ -17,7 +18,7 @@ from nso_hf.tasks.clip.sources import open_pairs
 from nso_hf.tasks.images.reading import read_image
 from recipes.clip_pretraining import main
 from tests.recipes.test_clip_recipe import ROOT, flags, results_of
-from tests.tiny_models import save_model
+from tests.tiny_models import byte_tokenizer, save_model
 
 FEW = ["--bits", "4", "--group_sizes", "none", "--noise", "--relative_noise", "--sparsity", "0.5"]
 NOTHING = ["--bits", "--noise", "--relative_noise", "--sparsity"]
@@ -71,6 +72,75 @@ def test_classes(folder, tmp_path):
         assert figures(row) == pytest.approx(figures(by_recipe[row["kind"], row["strength"]]))
     whole = measured(folder, tmp_path / "all", run, *NOTHING, *ZERO_SHOT, "--data", data)
     assert whole[str(run)][0]["accuracy"] == pytest.approx(trained["zero_shot"]["top1"])
+
+
+def of_transformers(folder):
+    """A small CLIPModel with what belongs to it."""
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 2}
+    tokens = byte_tokenizer()
+    text = {**tower, "vocab_size": len(tokens), "max_position_embeddings": 24}
+    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    model.logit_scale.data.fill_(8.0)  # since such small features hardly differ
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    for each in (model, tokens, processor):
+        each.save_pretrained(folder)
+    return model, tokens, processor
+
+
+def test_models_of_transformers(folder, tmp_path):
+    model, tokens, processor = of_transformers(tmp_path / "hf")
+    data = folder / "s-001.tar"
+    # As the recipe's test data are: 12 pairs with a class each.
+    fields = Fields(label="kind")
+    pairs = [pair for pair in open_pairs(str(data), fields)]
+    images = [read_image(pair.image) for pair in pairs]
+    pixels = processor(images=images, return_tensors="pt").pixel_values
+
+    def encoded(texts):
+        how = {"padding": "max_length", "truncation": True, "max_length": 24}
+        return tokens(list(texts), return_tensors="pt", **how).input_ids
+
+    run = tmp_path / "hf"
+    options = ["--bits", "4", "--group_sizes", "none", *NOTHING[1:], "--batch_size", len(pairs)]
+    captions = encoded(pair.caption for pair in pairs)
+    with torch.no_grad():
+        loss = model(input_ids=captions, pixel_values=pixels, return_loss=True).loss.item()
+        with round_to_nearest(model, bits=4):
+            rounded = model(input_ids=captions, pixel_values=pixels, return_loss=True).loss.item()
+    found = measured(tmp_path, tmp_path / "pairs", run, *options, "--data", data)[str(run)]
+    # Logits of 3,000 in float32, and sums in another order.
+    assert [row["loss"] for row in found] == pytest.approx([loss, rounded], rel=1e-4)
+    assert abs(rounded - loss) > 1e-3 * loss
+
+    labelled = [*ZERO_SHOT, "--class_names", str(tmp_path / "names.json")]
+    names = sorted({pair.label for pair in pairs})
+    (tmp_path / "names.json").write_text(json.dumps({name: f"the {name}" for name in names}))
+    from open_clip import SIMPLE_IMAGENET_TEMPLATES
+
+    with torch.no_grad():
+        outputs = [
+            model(
+                input_ids=encoded(
+                    template(f"the {name}") for template in SIMPLE_IMAGENET_TEMPLATES
+                ),
+                pixel_values=pixels,
+            )
+            for name in names
+        ]
+        classes = [torch.nn.functional.normalize(o.text_embeds.mean(0), dim=-1) for o in outputs]
+        logits = model.logit_scale.exp() * outputs[0].image_embeds @ torch.stack(classes).T
+    labels = torch.tensor([names.index(pair.label) for pair in pairs])
+    found = measured(tmp_path, tmp_path / "classes", run, *options, *labelled, "--data", data)
+    (row, _) = found[str(run)]
+    expected = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert row["loss"] == pytest.approx(expected, rel=1e-4)
+    assert row["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
 
 
 def test_merging(folder, tmp_path):

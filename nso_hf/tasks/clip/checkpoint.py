@@ -1,7 +1,11 @@
-"""Checkpoints of open_clip among those of other libraries. None of the packages of the extra is
-needed to tell them apart."""
+"""Checkpoints of CLIP models among others. None of the packages of the extra is needed to tell them
+apart."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
 
 CONFIG_NAME = "open_clip_config.json"
 _SCHEMES = ("local-dir:", "hf-hub:")
@@ -10,6 +14,21 @@ _SCHEMES = ("local-dir:", "hf-hub:")
 def is_of_open_clip(checkpoint: str) -> bool:
     """Whether it is a folder that open_clip loads, or local-dir:FOLDER or hf-hub:ID."""
     return checkpoint.startswith(_SCHEMES) or (Path(checkpoint) / CONFIG_NAME).is_file()
+
+
+@cache
+def is_of_transformers(checkpoint: str) -> bool:
+    """Whether it is a folder of a `CLIPModel`, or the id of one on the hub."""
+    try:
+        config: Any = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError):  # whoever loads it says what is wrong with it
+        return False
+    return bool(config.model_type == "clip")
+
+
+def is_clip(checkpoint: str) -> bool:
+    """Whether it is one of the two."""
+    return is_of_open_clip(checkpoint) or is_of_transformers(checkpoint)
 
 
 def name_of(checkpoint: str) -> str:

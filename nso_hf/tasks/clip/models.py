@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def load_clip(
         option = "model" if pretrained is None else "pretrained"
         value = name if pretrained is None else pretrained
         cure = "Check the configuration, and that these weights are of this model"
-        reason = str(error).strip().rstrip(".")
+        reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")
         raise refusal(option, value, f"open_clip cannot build it ({reason})", cure) from error
     if is_coca(model) and pretrained is None and schema is None:
         # open_clip 3.3 leaves it as the memory was; this is the deviation it means to give it.
