@@ -14,7 +14,8 @@ from nso_hf.backends import Backend, Weight
 from nso_hf.step.edits import checksums
 
 _CHUNK = 2**18  # elements compared at a time: what `measure` allocates, and no more
-_EXCHANGED = 2**16  # elements at a time, which stay in a core's cache: what that allocates
+_IN_CACHE = 2**16  # elements that stay in that of a core
+_IN_A_KERNEL = 2**22  # elements that keep a GPU busy
 
 
 class Displacement(Protocol):
@@ -186,18 +187,20 @@ def _beside(weights: Sequence[Tensor], backups: Sequence[Tensor]) -> list[Tensor
 def _pieces(
     weights: Sequence[Tensor], backups: Sequence[Tensor]
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Parts of the weights and the same parts of their backups, each of a few elements in all."""
+    """Parts of the weights and the same parts of their backups, each of a few elements in all: what
+    work on them may allocate."""
     pieces: list[tuple[list[Tensor], list[Tensor]]] = []
     left = 0
     for whole, backup in zip(weights, backups, strict=True):
+        size = _IN_CACHE if whole.device.type == "cpu" else _IN_A_KERNEL
         pairs = [(whole, backup)]
-        if whole.numel() > _EXCHANGED and whole.is_contiguous() and backup.is_contiguous():
-            flat = (whole.view(-1).split(_EXCHANGED), backup.view(-1).split(_EXCHANGED))
+        if whole.numel() > size and whole.is_contiguous() and backup.is_contiguous():
+            flat = (whole.view(-1).split(size), backup.view(-1).split(size))
             pairs = list(zip(*flat, strict=True))
         for weight, other in pairs:
             if left < weight.numel() or not pieces:
                 pieces.append(([], []))
-                left = _EXCHANGED
+                left = size
             pieces[-1][0].append(weight)
             pieces[-1][1].append(other)
             left -= weight.numel()
