@@ -36,16 +36,13 @@ class NSOArguments(SharedOptions, SelectionOptions):
     )
     method_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={
-            "help": "Options of methods other than nso, a dict or JSON, as lr_scheduler_kwargs."
-        },
+        metadata={"help": "Options of methods other than nso, a dict or JSON."},
     )
 
     backup: str = field(
         default="device",
         metadata={
-            "help": "Where the weights are kept while they are displaced: on their 'device', or in "
-            "the memory of the 'cpu' (pinned), which saves one copy of them on a GPU.",
+            "help": "Where the displaced weights are backed up; cpu saves a copy of them on a GPU.",
             "choices": list(BACKUPS),
         },
     )

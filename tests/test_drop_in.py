@@ -117,6 +117,7 @@ def test_the_mixin_overrides_only_what_it_means_to():
         "train",
         "training_step",
         "create_optimizer",
+        "floating_point_ops",
         "_issue_warnings_after_load",
         "_load_best_model",
         "_load_from_checkpoint",
