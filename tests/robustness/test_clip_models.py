@@ -179,7 +179,7 @@ def test_test_data_stay_unseen_where_they_should(folder, tmp_path):
 def test_open_clip_is_needed_by_its_own_models(folder, tmp_path, monkeypatch):
     there = {"matplotlib", "rich"}
     monkeypatch.setattr("nso_hf.refusal.find_spec", lambda name: name in there or None)
-    message = "nso robustness of a model of open_clip needs open_clip: run pip install "
+    message = "nso robustness of a CLIP model needs open_clip: run pip install "
     with pytest.raises(MissingPackage, match=re.escape(message + "'nso_hf[clip]'")):
         measured(folder, tmp_path / "out", folder / "pairs", "--data", folder / "s-000.tar")
     assert not (tmp_path / "out").exists()
