@@ -1,13 +1,15 @@
-"""Put the figures of the committed comparisons into docs/evidence.md.
+"""Put the figures of the committed comparisons and benchmarks into docs/evidence.md and
+docs/performance.md.
 
     python -m benchmarks.evidence
 
 There, a line
 
-    <!-- NAME | TITLE = METRIC | TITLE = METRIC -->
+    <!-- NAME (METHOD; METHOD) | TITLE = METRIC | TITLE = METRIC -->
 
 is followed by the table of benchmarks/results/NAME/results.json, which `nso compare` wrote, with
-these columns; a title that ends with "%" is of hundredths.
+these columns, of these methods (all without the brackets); a title that ends with "%" is of
+hundredths. `<!-- step_cost -->` is followed by what benchmarks.step_cost wrote.
 """
 
 import json
@@ -17,10 +19,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks import step_cost
 from nso_hf.running.figures import with_error, with_interval
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "evidence.md"
+PAGES = [ROOT / "docs" / name for name in ("evidence.md", "performance.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -28,9 +31,16 @@ def with_tables(page: str) -> str:
     """The page with its tables made anew."""
     made, begun = [], False
     for line in page.splitlines():
-        if found := re.fullmatch(r"<!-- (\w+) \| (.*) -->", line):
-            columns = dict(column.split(" = ") for column in found[2].split(" | "))
-            made += [line, *tables(found[1], columns), "<!-- end -->"]
+        if found := re.fullmatch(r"<!-- (\w+)(?: \((.*)\))? \| (.*) -->", line):
+            name, methods, titles = found.groups()
+            columns = dict(column.split(" = ") for column in titles.split(" | "))
+            only = methods.split("; ") if methods else None
+            made += [line, *tables(name, columns, only), "<!-- end -->"]
+            begun = True
+        elif line == "<!-- step_cost -->":
+            file = step_cost.RESULTS / "results.json"
+            results = json.loads(file.read_text(encoding="utf-8"))["results"]
+            made += [line, *"\n".join(map(step_cost.table, results)).splitlines(), "<!-- end -->"]
             begun = True
         elif line == "<!-- end -->":
             begun = False
@@ -39,7 +49,9 @@ def with_tables(page: str) -> str:
     return "\n".join(made) + "\n"
 
 
-def tables(name: str, columns: Mapping[str, str]) -> Iterator[str]:
+def tables(
+    name: str, columns: Mapping[str, str], only: Sequence[str] | None = None
+) -> Iterator[str]:
     """The lines of the tables of a comparison, one for each of its settings, and what they are
     made from."""
     results = json.loads((RESULTS / name / "results.json").read_text(encoding="utf-8"))
@@ -51,6 +63,8 @@ def tables(name: str, columns: Mapping[str, str]) -> Iterator[str]:
         yield _line(titles)
         yield "|---" * len(titles) + "|"
         for row in rows:
+            if only is not None and row["method"] not in only:
+                continue
             scale = 100 if first.endswith("%") else 1
             cells = [_mean(row["metrics"].get(m), t) for t, m in columns.items()]
             times = row["times_the_baseline"]
@@ -94,7 +108,8 @@ def _made_from(name: str, results: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -72,32 +72,35 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config())
 
 
-def smollm2() -> nn.Module:
-    """The shapes of SmolLM2-135M."""
+def llama_of(
+    vocabulary: int, width: int, inner: int, layers: int, heads: int, keys: int, *, tied: bool
+) -> nn.Module:
+    """A Llama of these sizes: `keys` are the heads of keys and values."""
     config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config)
+
+
+def smollm2() -> nn.Module:
+    """The shapes of SmolLM2-135M."""
+    return llama_of(49152, 576, 1536, 30, 9, 3, tied=True)
 
 
 def llama() -> nn.Module:
     """The shapes of Llama 3.2 1B."""
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
+    return llama_of(128256, 2048, 8192, 16, 32, 8, tied=True)
+
+
+def llama_8b() -> nn.Module:
+    """The shapes of Llama 3.1 8B."""
+    return llama_of(128256, 4096, 14336, 32, 32, 8, tied=False)
 
 
 def with_lora(model: nn.Module) -> nn.Module:
@@ -128,6 +131,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "smollm2-lora": lambda: with_lora(smollm2()),
     "llama": llama,
     "llama-lora": lambda: with_lora(llama()),
+    "llama-8b": llama_8b,
     "vit-s-16": Contrastive,
 }
 

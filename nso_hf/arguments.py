@@ -38,7 +38,6 @@ class NSOArguments(SharedOptions, SelectionOptions):
         default=None,
         metadata={"help": "Options of methods other than nso, a dict or JSON."},
     )
-
     backup: str = field(
         default="device",
         metadata={

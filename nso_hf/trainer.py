@@ -129,7 +129,7 @@ class NSOTrainerMixin(_Base):
             self.control.should_training_stop = True
             return [], None
         self._nso_micro_batch = 0
-        self._nso_parked = None  # of a step that failed, as are
+        self._nso_parked = None  # this and the sums would be of a step that failed
         self._nso_states.sums.clear()
         self._nso_measurements.begin(self.state.global_step)
         result = super().get_batch_samples(*args, **kwargs)

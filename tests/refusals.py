@@ -1066,6 +1066,8 @@ MAE: dict[str, Callable[[Path], object]] = {
     "no draws of signs": mae_recipe("--rademacher_draws", "0"),
     "radius 0": mae_recipe("--rademacher_radius", "0"),
     "image size no multiple of the patches'": mae_recipe("--image_size", "9"),
+    "images too large to pretrain on": mae_recipe("--image_size", "8192"),
+    "column of what has none, to pretrain on": mae_recipe("--image_column", "picture"),
     "width that positions and heads do not divide": mae_recipe("--hidden_size", "18"),
     "decoder width that the heads do not divide": mae_recipe("--decoder_num_attention_heads", "3"),
     "two channels": mae_recipe("--num_channels", "2"),

@@ -8,6 +8,7 @@ import sys
 import open_clip
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from nso_hf.refusal import MissingPackage
@@ -79,6 +80,10 @@ def of_transformers(folder):
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     tower |= {"num_attention_heads": 2}
     tokens = byte_tokenizer()
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>",
+        special_tokens=[("</s>", 1)],  # where the text's features are taken
+    )
     text = {**tower, "vocab_size": len(tokens), "max_position_embeddings": 24}
     text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     vision = {**tower, "image_size": 16, "patch_size": 8}

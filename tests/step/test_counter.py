@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.step_cost import MODELS
 from nso_hf.backends import Weight
 from nso_hf.step import counter
 from nso_hf.step.noise import DISTRIBUTIONS, Noise
@@ -199,13 +199,7 @@ def test_one_launch_for_all_weights_of_a_dtype(monkeypatch):
     assert all(abs(w.data.float().std() - 1) < 0.5 for w in weights)
 
 
-SHAPES = {  # of Llamas: width, inner width, layers, heads, those of keys, tied
-    "1.2B": (2048, 8192, 16, 32, 8, True),
-    "8B": (4096, 14336, 32, 32, 8, False),
-}
-
-
-@pytest.mark.parametrize(("name", "tensors"), [("1.2B", 146), ("8B", 291), ("gpt2", 148)])
+@pytest.mark.parametrize(("name", "tensors"), [("gpt2", 148), ("llama", 146), ("llama-8b", 291)])
 def test_one_launch_for_the_weights_of_real_models(monkeypatch, name, tensors):
     """Without memory or a GPU: what would be launched, and how often Python is called for it."""
     counter_kernel = pytest.importorskip("nso_hf.step.counter_kernel")
@@ -215,20 +209,7 @@ def test_one_launch_for_the_weights_of_real_models(monkeypatch, name, tensors):
     on_it = SimpleNamespace(device=nullcontext)
     monkeypatch.setattr(torch, "get_device_module", lambda device: on_it)
     with torch.device("meta"):
-        if name == "gpt2":
-            model = GPT2LMHeadModel(GPT2Config())
-        else:
-            width, inner, layers, heads, keys, tied = SHAPES[name]
-            config = LlamaConfig(
-                vocab_size=128256,
-                hidden_size=width,
-                intermediate_size=inner,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=keys,
-                tie_word_embeddings=tied,
-            )
-            model = LlamaForCausalLM(config)
+        model = MODELS[name]()
     weights = [
         Weight(name, index, p, p.data, 0, p.shape)
         for index, (name, p) in enumerate(model.named_parameters())

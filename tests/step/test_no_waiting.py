@@ -9,7 +9,8 @@ from nso_hf import NSOTrainer
 from tests.reference import config, tiny_llama, token_data
 
 WAITS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"}
-"""Operations that read from the device: `.item()`, `bool(tensor)`, `.tolist()`, `torch.equal`."""
+"""Operations that read from the device: `.item()`, `bool(tensor)`, `torch.equal`. Copies to the CPU
+are no operation of their own where the tensors are there already."""
 
 
 class Watch(TorchDispatchMode, TrainerCallback):

@@ -1,7 +1,6 @@
 """Checkpoints of CLIP models among others. None of the packages of the extra is needed to tell them
 apart."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ def is_of_open_clip(checkpoint: str) -> bool:
     return checkpoint.startswith(_SCHEMES) or (Path(checkpoint) / CONFIG_NAME).is_file()
 
 
-@cache
 def is_of_transformers(checkpoint: str) -> bool:
     """Whether it is a folder of a `CLIPModel`, or the id of one on the hub."""
     try:

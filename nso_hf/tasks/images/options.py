@@ -189,7 +189,8 @@ class ColumnOptions:
         for option in fields(ColumnOptions):
             value = getattr(self, option.name)
             if value != option.default and not read[option.name]:
-                rule = f"has no effect on {' and '.join(filter(None, sources))}"
+                named = dict.fromkeys(filter(None, sources))
+                rule = f"has no effect on {' and '.join(named)}"
                 raise refusal(option.name, value, rule, "Leave it out")
 
     def _check_paths(self, *options: str) -> None:
