@@ -49,7 +49,8 @@ OPTIONS = {
 
 
 def write_data(folder: Path) -> None:
-    """Of each digit three images of four to train on, and the others; as folder/old-train.jsonl."""
+    """Of each digit two images of four to train on, one to choose options by and one to test on; as
+    folder/old-train.jsonl."""
     digits, counts = load_digits(), dict.fromkeys(range(10), 0)
     lines: dict[str, list[str]] = {}
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def write_data(folder: Path) -> None:
         file = f"images/{number}.png"
         Image.fromarray((pixels * 255 / 16).astype("uint8")).save(folder / file)
         counts[digit] += 1
-        part = "test" if counts[digit] % 4 == 0 else "train"
+        part = ("test", "validation", "train", "train")[counts[digit] % 4]
         row = {"image": file, "text": NAMES[digit], "label": NAMES[digit]}
         name = f"{'old' if digit in OLD else 'new'}-{part}.jsonl"
         lines.setdefault(name, []).append(json.dumps(row))

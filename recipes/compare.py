@@ -19,7 +19,7 @@ from statistics import fmean
 
 from nso_hf.__main__ import COMMANDS
 from nso_hf.refusal import check_integer, needs, refusal
-from nso_hf.running.comparison.description import Comparison, read_comparison
+from nso_hf.running.comparison.description import Comparison, Options, read_comparison
 from nso_hf.running.comparison.execution import check_options, run_all
 from nso_hf.running.comparison.plan import (
     Cell,
@@ -94,15 +94,33 @@ def read(options: argparse.Namespace) -> Comparison:
 def say_what_is_missing(planned: Sequence[Cell], records: Mapping[str, Record]) -> None:
     """How many runs, which, and about how long."""
     waiting = missing(planned, records)
+    shared = shared_options(waiting)
+    if shared:
+        print(f"all: {in_words(shared)}")
     for one in waiting:
-        options = ", ".join(f"{name} {value}" for name, value in one.options.items())
-        print(f"{one}: {options}")
+        own = {name: value for name, value in one.options.items() if name not in shared}
+        print(f"{one}: {in_words(own)}")
     for cell in planned:
         if cell.unknown:
             place = ", ".join(word for word in (cell.setting, cell.method) if word)
             print(f"{place}: {cell.unknown} runs, known once those before them have ended")
     methods = methods_of_missing(planned, records)
     print(f"{len(methods)} runs are missing: {how_long(methods, records)}.")
+
+
+def shared_options(runs: Sequence[Run]) -> Options:
+    """What all of them have, with the same value."""
+    first, *others = [run.options for run in runs] or [{}]
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in options and options[name] == value for options in others)
+    }
+
+
+def in_words(options: Options) -> str:
+    """All but the seed, which the name of a run says."""
+    return ", ".join(f"{name} {value}" for name, value in options.items() if name != "seed")
 
 
 def methods_of_missing(planned: Sequence[Cell], records: Mapping[str, Record]) -> list[str]:
@@ -182,13 +200,13 @@ def run_missing(
             write_record(comparison.output_dir, one, record)
             records[one.key] = record
             check_figures(comparison, one, record)
-            print(f"{one}: {in_words(comparison, record)}", end="; ")
+            print(f"{one}: {outcome(comparison, record)}", end="; ")
             planned = cells(comparison, records)
             methods = methods_of_missing(planned, records)
             print(f"{len(methods)} left, {how_long(methods, records)}", flush=True)
 
 
-def in_words(comparison: Comparison, record: Record) -> str:
+def outcome(comparison: Comparison, record: Record) -> str:
     info = record["run_info"]
     if info["error_msg"]:
         return f"failed, {failure_of(record)}"

@@ -213,7 +213,9 @@ def test_a_dry_run_says_how_many_and_how_long_and_writes_nothing(tmp_path, capsy
     total = 2 * (3 * (4 + 5))  # of each setting and method: tuning and seeds
     assert said[-1] == f"{total} runs are missing: how long is unknown before one has ended."
     assert "clean, nso: 5 runs, known once those before them have ended" in said
-    assert sum(", tuning, seed 100: max_steps 10" in line for line in said) == 2 * 2 * 4
+    assert said[0] == "all: max_steps 10"
+    one = "40 % wrong, nso, tuning, seed 100: label_noise 0.4, learning_rate 1, sigma 0.4"
+    assert one in said and sum(", tuning, seed 100: " in line for line in said) == 2 * 2 * 4
     assert not (tmp_path / "out").exists()
     few = TOY | {"seeds": [0], "options": {"pause": 0.5}}
     compared(tmp_path, few)

@@ -136,11 +136,12 @@ def figure(record: Record | None, metric: str) -> float | None:
 
 def numbers(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """{"test": {"accuracy": 0.9}} -> {"test.accuracy": 0.9}; of the rows of what survives
-    [{"kind": "bits", "strength": 3, "loss": 2}] -> {"robustness.bits 3.loss": 2}."""
+    [{"kind": "bits", "strength": 3, "loss": 2}] -> {"robustness.bits 3.loss": 2}, and of those of
+    weights between {"wise_ft.alpha 0.5.zero_shot.accuracy": 0.8}."""
     found: dict[str, float] = {}
     for name, value in figures.items():
-        if name == "robustness" and isinstance(value, list):
-            value = {_change_of(row): row for row in value}
+        if name in _ROWS and isinstance(value, list):
+            value = {_ROWS[name](row): row for row in value}
         if isinstance(value, Mapping):
             found |= {f"{name}.{rest}": it for rest, it in numbers(value, f"{name}/").items()}
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -151,6 +152,10 @@ def numbers(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def _change_of(row: Mapping[str, Any]) -> str:
     kind, strength = row["kind"], row["strength"]
     return str(kind) if strength is None else f"{kind} {strength:g}"
+
+
+_ROWS = {"robustness": _change_of, "wise_ft": lambda row: f"alpha {row['alpha']:g}"}
+"""Figures that are lists -> what a row of them is called."""
 
 
 def nearest(metric: str, figures: Iterable[str]) -> str:

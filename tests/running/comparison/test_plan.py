@@ -210,6 +210,7 @@ def test_figures_have_the_names_of_their_places():
         {"kind": kind, "strength": strength, "loss": place}
         for place, (kind, strength) in enumerate(changes)
     ]
+    figures["wise_ft"] = [{"alpha": 0.5, "zero_shot": {"accuracy": 0.8}}]
     assert numbers(figures) == {
         "test.accuracy": 0.9,
         "test.n.x": 2,
@@ -221,6 +222,8 @@ def test_figures_have_the_names_of_their_places():
         "robustness.bits 4.strength": 4,
         "robustness.noise 0.005.loss": 2,
         "robustness.noise 0.005.strength": 0.005,
+        "wise_ft.alpha 0.5.alpha": 0.5,
+        "wise_ft.alpha 0.5.zero_shot.accuracy": 0.8,
     }
     assert figure(record(test={"accuracy": float("inf")}), "test.accuracy") is None
     assert figure(None, "test.accuracy") is None
