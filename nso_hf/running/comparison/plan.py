@@ -154,7 +154,11 @@ def _change_of(row: Mapping[str, Any]) -> str:
     return str(kind) if strength is None else f"{kind} {strength:g}"
 
 
-_ROWS = {"robustness": _change_of, "wise_ft": lambda row: f"alpha {row['alpha']:g}"}
+def _alpha_of(row: Mapping[str, Any]) -> str:
+    return f"alpha {row['alpha']:g}"
+
+
+_ROWS = {"robustness": _change_of, "wise_ft": _alpha_of}
 """Figures that are lists -> what a row of them is called."""
 
 
