@@ -12,6 +12,7 @@ COMMANDS = {
     "text": ("nso_hf.recipes.text_classification", "train a classifier of texts"),
     "compare": ("nso_hf.recipes.compare", "compare methods over settings and seeds"),
     "robustness": ("nso_hf.robustness.__main__", "measure what survives changes to the weights"),
+    "sigma": ("nso_hf.curvature.suggest", "find the sigma that raises the loss by so much"),
     "curvature": ("nso_hf.curvature.__main__", "measure and compare checkpoints"),
 }
 """Name -> the module whose `main` it is, and what it does."""

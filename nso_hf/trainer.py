@@ -17,6 +17,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.utils import logging
 
 from nso_hf.arguments import NSOArguments, check_training
+from nso_hf.automatic_sigma import AutomaticSigma
 from nso_hf.backends import Backend, Weight, check, select
 from nso_hf.methods import Point, Step
 from nso_hf.refusal import refusal
@@ -25,7 +26,7 @@ from nso_hf.step.direction import Direction
 from nso_hf.step.edits import edits_refused
 from nso_hf.step.generation import check_generates_nothing, generation_refused
 from nso_hf.step.kept import Keeps, load, load_renamed, save
-from nso_hf.step.measurements import NORM, Measurements, norm_of
+from nso_hf.step.measurements import NORM, RISE, Measurements, norm_of
 from nso_hf.step.perturbation import Perturbation, borrowed
 from nso_hf.step.rates import check_can_be_slow, slow_down
 from nso_hf.step.selection import (
@@ -35,6 +36,7 @@ from nso_hf.step.selection import (
     trained_now,
 )
 from nso_hf.step.side_effects import SideEffects, copied
+from nso_hf.step.sigma import AUTO
 from nso_hf.step.states import States
 from nso_hf.step.weighting import check_steps_afterwards, in_evaluation_mode, weighted_backward
 
@@ -102,6 +104,7 @@ class NSOTrainerMixin(_Base):
         self._nso_parked: Perturbation | None = None  # between the micro-batches of a step
         self._nso_parks = True
         self._nso_states = States()
+        self._nso_automatic = AutomaticSigma()
         self._nso_loads_from = ""
         self._nso_is_awaited = False  # there is a batch, and no training step of it yet
         self._nso_is_first = True  # step of a training, or after an evaluation
@@ -129,12 +132,21 @@ class NSOTrainerMixin(_Base):
             self.control.should_training_stop = True
             return [], None
         self._nso_micro_batch = 0
-        self._nso_parked = None  # this and the sums would be of a step that failed
-        self._nso_states.sums.clear()
+        self._nso_parked = None  # it would be of a step that failed
+        self._nso_states.begin_step()
         self._nso_measurements.begin(self.state.global_step)
+        self._nso_find_sigma()
         result = super().get_batch_samples(*args, **kwargs)
         self._nso_is_awaited = bool(result[0])
         return result
+
+    def _nso_find_sigma(self) -> None:
+        """Before the first step in which the method is used, where sigma is found by its effect."""
+        method, automatic = self.nso_args.chosen_method(), self._nso_automatic
+        number, total = self.state.global_step, self.state.max_steps
+        if self.nso_args.sigma == AUTO and automatic.value is None and method.acts(number, total):
+            weights = self._nso_select_for_training(self.model_wrapped)
+            automatic.find(self, self.nso_args, weights)
 
     def _nso_check_was_called(self) -> None:
         if self._nso_is_awaited and self.nso_args.chosen_method().displaces():
@@ -144,7 +156,7 @@ class NSOTrainerMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._nso_is_awaited, self._nso_is_first, self._nso_parks = False, True, True
-        self._nso_states = States()
+        self._nso_states, self._nso_automatic = States(), AutomaticSigma()
         if self.model is not None:  # as in all trials of a hyperparameter search but the first
             self._nso_select_for_training(self.model)
         for companion in self._nso_companions():
@@ -198,8 +210,10 @@ class NSOTrainerMixin(_Base):
     def _nso_kept(self) -> dict[str, Keeps]:
         """What has a state that checkpoints hold, by name."""
         remembers = self.nso_args.chosen_method().remembers
-        method: dict[str, Keeps] = {"method": self._nso_states} if remembers else {}
-        return method | {companion.name: companion for companion in self._nso_companions()}
+        kept: dict[str, Keeps] = {"method": self._nso_states} if remembers else {}
+        if self.nso_args.sigma == AUTO:
+            kept["sigma"] = self._nso_automatic
+        return kept | {companion.name: companion for companion in self._nso_companions()}
 
     def _nso_companions(self) -> list[Companion]:
         return companions_among(self.callback_handler.callbacks)
@@ -404,6 +418,7 @@ class NSOTrainerMixin(_Base):
         step = Step(
             seed=self.args.seed,
             number=number,
+            sigma=self._nso_sigma(),
             acts=self.nso_args.chosen_method().acts(number, self.state.max_steps),
             progress=min(1.0, (number + 1) / max(1, self.state.max_steps)),
             micro_batches=self.current_gradient_accumulation_steps,
@@ -419,6 +434,10 @@ class NSOTrainerMixin(_Base):
         )
         self._nso_micro_batch += 1
         return step
+
+    def _nso_sigma(self) -> float:
+        sigma = self.nso_args.sigma
+        return float(sigma or 0) if sigma != AUTO else self._nso_automatic.value or 0.0
 
     def _nso_is_stale(self, selected: list[Weight]) -> bool:
         """Whether what is perturbed has to be looked up again: in each optimizer step, but where
@@ -452,6 +471,8 @@ class NSOTrainerMixin(_Base):
             return
         if "loss" in logs:
             self._nso_measurements.move_into(logs, self.nso_backend.mean)
+            if RISE in logs:
+                self._nso_automatic.hold(logs[RISE], self.nso_args.sigma_rise)
         super().log(logs, *args, **kwargs)
 
 

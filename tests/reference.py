@@ -97,6 +97,19 @@ def draw(
     ]
 
 
+def deviations(model: nn.Module) -> list[Tensor]:
+    """Of each element, the root mean square of the trained weights in its row, or a tenth of that
+    of all of them where this is more."""
+    trained = [p.detach().double() for p in model.parameters() if p.requires_grad]
+    least = 0.1 * torch.cat([p.flatten() for p in trained]).square().mean().sqrt()
+    spread = []
+    for p in model.parameters():
+        rows = p.detach().double().reshape(len(p) if p.dim() > 1 else 1, -1)
+        rms = rows.square().mean(dim=1, keepdim=True).sqrt().clamp(min=least)
+        spread.append(rms.expand_as(rows).reshape(p.shape).float())
+    return spread
+
+
 def causal_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Sum over the predicted tokens of the cross-entropy: labels are shifted by one, -100 is left
     out."""
@@ -119,6 +132,7 @@ def reference_nso(
     two_sided: bool = True,
     alternate_micro_batches: int = 0,
     distribution: str = "normal",
+    relative: bool = False,
     max_grad_norm: float = 1.0,
     seed: int = 42,
     optimizer: torch.optim.Optimizer | None = None,
@@ -126,6 +140,8 @@ def reference_nso(
 ) -> list[float]:
     """SGD on g = lam grad f(W) + (1 - lam)/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)], whole
     batches of `global_batch` examples (a list: for each step), or another optimizer on the same g.
+
+    With `relative` U_j is in units of the root mean square of the rows of W.
 
     With `alternate_micro_batches` = M the batch is cut into M parts, part m being evaluated at
     W + (-1)^m U_j with j = (m // 2) mod k alone; with lam, every other part at W. Trains `model` in
@@ -140,6 +156,9 @@ def reference_nso(
         tokens = (batch["labels"][:, 1:] != -100).sum()
         W = [p.detach().clone() for p in parameters]
         U = [draw(model, seed, step, j, sigma, distribution) for j in range(k)]
+        if relative:
+            D = deviations(model)
+            U = [[d * u for d, u in zip(D, each, strict=True)] for each in U]
         gradient = [torch.zeros_like(p) for p in parameters]
         loss = 0.0
 

@@ -8,6 +8,7 @@ from nso_hf.curvature.batches import training_batches
 from nso_hf.curvature.bound import PacBayesBound, pac_bayes_bound
 from nso_hf.curvature.callback import CurvatureCallback
 from nso_hf.curvature.eigenvalues import Eigenvalues, hessian_eigenvalues
+from nso_hf.curvature.sigma import SigmaFound, find_sigma
 from nso_hf.curvature.slices import LossSlice, loss_slice
 from nso_hf.curvature.spectrum import Spectrum, hessian_spectrum
 from nso_hf.curvature.stability import NoiseStability, noise_stability
@@ -20,8 +21,10 @@ __all__ = [
     "LossSlice",
     "NoiseStability",
     "PacBayesBound",
+    "SigmaFound",
     "Spectrum",
     "Trace",
+    "find_sigma",
     "hessian_eigenvalues",
     "hessian_spectrum",
     "hessian_trace",

@@ -6,12 +6,14 @@ With v of independent elements +-1 (Rademacher), E v' H v = Tr H and
     hutch++       Tr H ~ Tr Q' H Q + 1/s sum_i w_i' H w_i,  w = (I - Q Q') v
                   Q an orthonormal basis of H v_1 ... H v_s, m = 3 s        Meyer et al. (2021)
 
-v_w' (H v)_w of the elements of one weight w alone estimates the trace of its block of H.
+v_w' (H v)_w of the elements of one weight w alone estimates the trace of its block of H. With D v
+for v that is Tr D H D: what noise penalises that is in units of D, the root mean squares of rows.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,9 @@ from nso_hf.curvature.objective import Objective
 from nso_hf.curvature.parameters import Selection
 from nso_hf.curvature.result import Measurement, Stopwatch
 from nso_hf.curvature.vectors import Vectors
-from nso_hf.refusal import refusal
+from nso_hf.refusal import check_choice, refusal
+from nso_hf.step.rows import row_rms
+from nso_hf.step.sigma import SCALES
 
 
 class Estimate(NamedTuple):
@@ -86,6 +90,7 @@ def hessian_trace(
     hvp: str = "auto",
     seed: int = 0,
     method: str = "hutchinson",
+    sigma_scale: str = "absolute",
 ) -> Trace:
     """The trace of the Hessian of the mean loss over `batches`, with its standard error.
 
@@ -99,17 +104,23 @@ def hessian_trace(
         hvp: "autograd", "finite_difference", or "auto": the first where it can be had.
         method: "hutchinson", or "hutch++", which needs far fewer products where few eigenvalues
             make up the trace, and holds num_samples/3 vectors of the weights' size.
+        sigma_scale: "absolute", or "relative" for the trace of D H D.
 
     Raises:
         ValueError: an option, or the model's loss, is refused.
     """
     check_count("num_samples", num_samples)
-    if method not in ESTIMATORS:
-        choices = ", ".join(map(repr, ESTIMATORS))
-        raise refusal("method", method, "unknown", f"Choose one of {choices}")
+    check_choice("method", method, list(ESTIMATORS))
+    check_choice("sigma_scale", sigma_scale, list(SCALES))
+    is_relative = sigma_scale == "relative"
+    if is_relative and method != "hutchinson":
+        rule = f"method {method!r} looks for eigenvectors of H"
+        raise refusal("sigma_scale", sigma_scale, rule, "Use method='hutchinson'")
     watch, objective = Stopwatch(), Objective(model, batches, params)
+    rows = row_rms(objective.weights, objective.backend) if is_relative else None
     with hessian_of(objective, hvp, num_samples, "Hessian trace") as hessian:
-        known, samples = ESTIMATORS[method](hessian, objective.vectors, num_samples, seed)
+        draw = partial(objective.vectors.draw, seed, rows=rows)
+        known, samples = ESTIMATORS[method](hessian, objective.vectors, num_samples, draw)
     residual = mean_of(samples.sum(dim=1))
     return Trace(
         estimate=known + residual.estimate,
@@ -124,30 +135,34 @@ def hessian_trace(
     )
 
 
-def _hutchinson(hessian: Hessian, vectors: Vectors, count: int, seed: int) -> tuple[float, Tensor]:
-    return 0.0, hessian.forms(lambda i: vectors.draw(seed, i), count).sum(dim=0)
+Draw = Callable[[int], Tensor]
+"""Number -> random vector."""
+
+
+def _hutchinson(hessian: Hessian, vectors: Vectors, count: int, draw: Draw) -> tuple[float, Tensor]:
+    return 0.0, hessian.forms(draw, count).sum(dim=0)
 
 
 def _hutch_plus_plus(
-    hessian: Hessian, vectors: Vectors, count: int, seed: int
+    hessian: Hessian, vectors: Vectors, count: int, draw: Draw
 ) -> tuple[float, Tensor]:
     s = count // 3
     if s < 2:
         rule = "Hutch++ divides them by three, and needs two samples for a standard error"
         raise refusal("num_samples", count, rule, "Use at least 6")
-    Q = torch.stack([hessian.times(vectors.draw(seed, i)) for i in range(s)])
+    Q = torch.stack([hessian.times(draw(i)) for i in range(s)])
     Q = _orthonormal(vectors, Q)
     known = sum(vectors.dot(q, hessian.times(q)) for q in Q)
 
     def residual(i: int) -> Tensor:
-        v = vectors.draw(seed, s + i)
+        v = draw(s + i)
         return v - Q.T @ vectors.coefficients(Q, v).to(Q)
 
     samples = hessian.forms(residual, count - s - len(Q))
     return known, samples.sum(dim=(0, 2)).unsqueeze(1)
 
 
-ESTIMATORS: dict[str, Callable[[Hessian, Vectors, int, int], tuple[float, Tensor]]] = {
+ESTIMATORS: dict[str, Callable[[Hessian, Vectors, int, Draw], tuple[float, Tensor]]] = {
     "hutchinson": _hutchinson,
     "hutch++": _hutch_plus_plus,
 }

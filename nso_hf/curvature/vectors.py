@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nso_hf.backends import Backend, Weight
 from nso_hf.step.noise import Noise
+from nso_hf.step.rows import RowFactors, RowNoise
 
 _CHUNK = 2**18  # elements whose products are added in the type of the weights, then in float64
 
@@ -29,15 +30,22 @@ class Vectors:
         self.dtype = reduce(torch.promote_types, (weight.data.dtype for weight in weights))
         self.device = weights[0].data.device
 
-    def draw(self, seed: int, number: int, distribution: str = "rademacher") -> Tensor:
-        """Random vector `number`, of independent elements with mean 0 and variance 1: the same
-        whoever holds the weights."""
+    def draw(
+        self,
+        seed: int,
+        number: int,
+        distribution: str = "rademacher",
+        rows: RowFactors | None = None,
+    ) -> Tensor:
+        """Random vector `number`, of independent elements with mean 0 and variance 1, or times the
+        numbers of their `rows`: the same whoever holds the weights."""
         vector = torch.zeros(self.local_size, dtype=self.dtype, device=self.device)
         parts = [
             replace(weight, data=part)
             for weight, part in zip(self.weights, self.split(vector), strict=True)
         ]
-        Noise(seed, number, 0, 1.0, distribution).add_to(parts)
+        drawn = (seed, number, 0, 1.0, distribution)
+        (Noise(*drawn) if rows is None else RowNoise(*drawn, rows)).add_to(parts)
         return vector
 
     def split(self, vector: Tensor) -> list[Tensor]:

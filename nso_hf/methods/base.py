@@ -16,6 +16,7 @@ from nso_hf.methods.options import Options, SharedOptions
 from nso_hf.step.direction import Direction
 from nso_hf.step.noise import Noise
 from nso_hf.step.perturbation import Displacement
+from nso_hf.step.rows import RowFactors, row_rms
 from nso_hf.step.selection import SelectionOptions, select_perturbed
 from nso_hf.step.states import States
 
@@ -49,6 +50,8 @@ class Step:
     seed: int
     number: int
     """Optimizer steps taken before this one."""
+    sigma: float
+    """The option, or what was found for it."""
     acts: bool
     """Whether the method is used in this step: see `start` and `interval`."""
     progress: float
@@ -93,6 +96,13 @@ class Step:
         remembered.combine_(a, new, b)
         for part, before in zip(remembered.parts, earlier, strict=True):
             part.copy_(torch.where(finite.to(part.device), part, before))
+
+    def row_rms(self) -> RowFactors:
+        """The root mean square of each row of the perturbed weights, at the W of this optimizer
+        step."""
+        if self.states.rms is None:
+            self.states.rms = row_rms(self.weights, self.backend)
+        return self.states.rms
 
     def collect(self, name: str, direction: Direction) -> None:
         """Add a direction of this micro-batch to those of the others of this step."""

@@ -20,7 +20,7 @@ from nso_hf.methods.base import Method, Point, Step
 from nso_hf.methods.options import Options, boolean, option, positive
 from nso_hf.refusal import refusal
 from nso_hf.step.adapters import adapted_layers
-from nso_hf.step.rows import RowNoise
+from nso_hf.step.rows import RowFactors, RowNoise
 from nso_hf.step.selection import SelectionOptions, select_perturbed
 
 
@@ -53,10 +53,12 @@ class FlatLoRA(Method):
         layers = [layer for layer in every if layer.base.index in moved]
         squares = [layer.squared_norms(step.backend) for layer in layers]
         norms = step.backend.total(torch.cat(squares)).sqrt().split([len(s) for s in squares])
-        rows = {
-            layer.base.index: norm.to(layer.base.data.device) / math.sqrt(layer.inputs)
-            for layer, norm in zip(layers, norms, strict=True)
-        }
+        rows = RowFactors(
+            {
+                layer.base.index: norm.to(layer.base.data.device) / math.sqrt(layer.inputs)
+                for layer, norm in zip(layers, norms, strict=True)
+            }
+        )
         columns = frozenset(layer.base.index for layer in layers if layer.transposed)
         std = share * self.options.rho
         eps = RowNoise(step.seed, step.number, 0, std, rows=rows, columns=columns)

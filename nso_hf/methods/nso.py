@@ -19,13 +19,20 @@ at W, odd ones are displaced,
     g_m = 2 lambda grad f_m(W)                          m even
     g_m = 2 (1-lambda) grad f_m(W + (-1)^i U_j)         m = 2 i + 1, or + U_j if one-sided
 
-with j = floor(i/2) mod k, or i mod k. On every n-th step alone, sigma is
-multiplied by sqrt(n): the penalty, averaged over steps, stays sigma^2/2 Tr Hessian.
+with j = floor(i/2) mod k, or i mod k.
+
+With sigma_scale="relative" E[U U'] = sigma^2 D^2: D is diagonal, and has for each weight the root
+mean square of the weights in its row, at the W of the step. The expectation is then
+f(W) + sigma^2/2 Tr(D Hessian(W) D) + O(sigma^4), with D as it is at W.
+
+On every n-th step alone, sigma is multiplied by sqrt(n): the penalty, averaged over steps, stays
+sigma^2/2 Tr Hessian.
 """
 
 import math
 from collections.abc import Generator, Sequence
 
+import torch
 from torch import Tensor
 
 from nso_hf.backends import Weight
@@ -33,7 +40,9 @@ from nso_hf.methods.base import Method, Point, Step
 from nso_hf.methods.options import SIGMA_SCHEDULES
 from nso_hf.refusal import refusal
 from nso_hf.step import counter
+from nso_hf.step.measurements import RISE
 from nso_hf.step.noise import Noise
+from nso_hf.step.rows import RowNoise
 
 
 class NSO(Method):
@@ -46,6 +55,9 @@ class NSO(Method):
             "two_sided",
             "clean_weight",
             "distribution",
+            "sigma_scale",
+            "sigma_rise",
+            "sigma_hold",
             "sigma_schedule",
             "sign",
             "log_sharpness",
@@ -72,6 +84,22 @@ class NSO(Method):
         if args.log_sharpness and (args.sigma == 0 or args.clean_weight == 1):
             rule = f"no noise is added at sigma={args.sigma}, clean_weight={args.clean_weight}"
             raise refusal("log_sharpness", True, rule, "Set sigma > 0 and clean_weight < 1")
+        if args.sigma_hold:
+            self._check_is_held()
+
+    def _check_is_held(self) -> None:
+        """The rise is that of both signs, at the sigma that is held."""
+        wanted = {
+            "sign": "both",
+            "two_sided": True,
+            "common_random_numbers": True,
+            "sigma_schedule": "constant",
+        }
+        for option, value in wanted.items():
+            if (given := getattr(self.args, option)) != value:
+                rule = f"the rise is not measured with {option}={given!r}"
+                cure = f"Set {option}={value!r}, or sigma_hold=False"
+                raise refusal("sigma_hold", True, rule, cure)
 
     def check_micro_batches(self, accumulation: int, copies: int) -> None:
         signs, parts = 1 + self.args.two_sided, 1 + (self.args.clean_weight > 0)
@@ -90,7 +118,7 @@ class NSO(Method):
             raise refusal("sign", "alternate", rule, f"{cure}, or use sign='both'")
 
     def displaces(self) -> bool:
-        return self.args.sigma > 0 and self.args.clean_weight < 1
+        return self.args.sigma != 0 and self.args.clean_weight < 1
 
     def parks(self, weights: Sequence[Weight]) -> bool:
         is_drawn_fast = any(counter.serves(weight.data.device.type) for weight in weights)
@@ -100,14 +128,17 @@ class NSO(Method):
         lam, k = self.args.clean_weight, self.args.num_perturbations
         share = SIGMA_SCHEDULES[self.args.sigma_schedule](step.progress)
         n = self.args.interval if self.args.interval_scaling else 1
-        sigma = share * math.sqrt(n) * self.args.sigma
+        sigma = share * math.sqrt(n) * step.sigma
         if sigma == 0 or lam == 1:
             return (yield Point(last=True))
         if step.is_measured:
             step.measurements["nso/sigma"] = sigma
 
+        is_relative = self.args.sigma_scale == "relative"
+
         def U(j: int, sign: int = 1) -> Noise:
-            return Noise(step.seed, step.number, j, sign * sigma, self.args.distribution)
+            drawn = (step.seed, step.number, j, sign * sigma, self.args.distribution)
+            return RowNoise(*drawn, step.row_rms()) if is_relative else Noise(*drawn)
 
         if self.args.sign == "alternate":
             i, weight = step.micro_batch, 1.0
@@ -124,7 +155,9 @@ class NSO(Method):
 
         # While sigma is still small the differences of losses are rounding, divided by sigma^2.
         measures_trace = self.args.log_sharpness and step.is_measured and share >= 0.1
-        clean = (yield Point(weight=lam)) if lam > 0 or measures_trace else None
+        measures_rise = self.args.sigma_hold and step.is_measured
+        is_clean = lam > 0 or measures_trace or measures_rise
+        clean = (yield Point(weight=lam)) if is_clean else None
         signs = (1, -1) if self.args.two_sided else (1,)
         evaluations = [(j, sign) for j in range(k) for sign in signs]
         losses = []
@@ -134,6 +167,9 @@ class NSO(Method):
         perturbed = sum(losses[1:], losses[0]) / len(losses)
         if clean is None:
             return perturbed
+        if measures_rise:  # of the sigma that is held, by the square of which it grows
+            step.measurements[RISE] = torch.stack([(perturbed - clean) / n, clean])
         if measures_trace:
-            step.measurements["nso/trace_estimate"] = 2 * (perturbed - clean) / sigma**2
+            name = "nso/relative_trace_estimate" if is_relative else "nso/trace_estimate"
+            step.measurements[name] = 2 * (perturbed - clean) / sigma**2
         return lam * clean + (1 - lam) * perturbed

@@ -7,6 +7,7 @@ from typing import Any
 
 from nso_hf.refusal import check_choice, check_integer, check_positive, check_range, refusal
 from nso_hf.step.noise import DISTRIBUTIONS
+from nso_hf.step.sigma import AUTO, RISE, SCALES, check_rise
 
 SIGMA_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -22,11 +23,27 @@ class SharedOptions:
     """What NSO is set by. Other methods read some of it; what is theirs alone is in
     `method_kwargs`."""
 
-    sigma: float = field(
+    sigma: float | str | None = field(  # None: a parser of flags then takes numbers and words
         default=0.01,
         metadata={
             "help": "Standard deviation of the noise in each weight, >= 0. At 0 this is plain "
-            "training."
+            "training. 'auto': found by sigma_rise, where the method begins."
+        },
+    )
+    sigma_rise: float = field(
+        default=RISE,
+        metadata={"help": "The rise of the loss under noise of sigma 'auto', a share of it."},
+    )
+    sigma_hold: bool = field(
+        default=False,
+        metadata={"help": "Hold that rise during training: a forward pass more in logging steps."},
+    )
+    sigma_scale: str = field(
+        default="absolute",
+        metadata={
+            "help": "'relative': sigma is in units of the root mean square of each row of a "
+            "weight.",
+            "choices": list(SCALES),
         },
     )
     num_perturbations: int = field(
@@ -107,9 +124,10 @@ class SharedOptions:
     def check_shared(self) -> None:
         """Raise a `ValueError` for an option out of its range."""
         check_choice("distribution", self.distribution, list(DISTRIBUTIONS))
+        check_choice("sigma_scale", self.sigma_scale, list(SCALES))
         check_choice("sigma_schedule", self.sigma_schedule, list(SIGMA_SCHEDULES))
         check_choice("sign", self.sign, ["both", "alternate"])
-        check_range("sigma", self.sigma, 0, math.inf, "Typical values are 0.005 to 0.02")
+        self._check_sigma()
         check_range("clean_weight", self.clean_weight, 0, 1, "The paper uses 0")
         check_range(
             "start", self.start, 0, 1, "0.8 leaves the last fifth of training to the method"
@@ -118,6 +136,24 @@ class SharedOptions:
             raise refusal("start", self.start, "all of training would be plain", "Try 0.8")
         check_integer("interval", self.interval, 1, "1 uses the method on every step")
         check_integer("num_perturbations", self.num_perturbations, 1, "The paper uses 1")
+
+    def _check_sigma(self) -> None:
+        if isinstance(self.sigma, str) and self.sigma != AUTO:
+            try:
+                self.sigma = float(self.sigma)  # of a flag
+            except ValueError:
+                rule = "neither a number nor 'auto'"
+                cure = "Typical values are 0.005 to 0.02"
+                raise refusal("sigma", self.sigma, rule, cure) from None
+        check_rise("sigma_rise", self.sigma_rise)
+        if self.sigma == AUTO:
+            return
+        sigma: Any = self.sigma
+        check_range("sigma", sigma, 0, math.inf, "Typical values are 0.005 to 0.02")
+        for option, default in (("sigma_rise", RISE), ("sigma_hold", False)):
+            if (value := getattr(self, option)) != default:
+                rule = f"sigma is {self.sigma}, and not found by its effect"
+                raise refusal(option, value, rule, "Set sigma='auto', or leave it out")
 
 
 Check = Callable[[str, Any, str], None]

@@ -15,7 +15,7 @@ from nso_hf.methods.base import Method, Point, Step
 from nso_hf.methods.options import Options, between, option, positive
 from nso_hf.methods.sam import TINY
 from nso_hf.step.direction import Direction
-from nso_hf.step.rows import RowNoise, row_norms
+from nso_hf.step.rows import RowFactors, RowNoise, row_norms
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RSAM(Method):
     def points(self, step: Step) -> Generator[Point, Tensor, Tensor]:
         rho, sigma, lam = self.options.rho, self.options.filter_sigma, self.options.clean_weight
         norms = row_norms(step.weights, step.backend)
-        rows = {w.index: norm for w, norm in zip(step.weights, norms, strict=True)}
+        rows = RowFactors((w.index, norm) for w, norm in zip(step.weights, norms, strict=True))
         u = Direction.of(RowNoise(step.seed, step.number, 0, sigma, rows=rows), step.weights)
         g1 = Direction()
         yield Point(u, weight=0, into=g1)

@@ -11,6 +11,7 @@ from nso_hf.step.perturbation import Perturbation
 logger = logging.get_logger(__name__)
 
 NORM = "nso/perturbation_norm"
+RISE = "nso/rise"
 
 
 class Measurements:
@@ -41,9 +42,13 @@ class Measurements:
             self._values[name] = earlier + value if isinstance(earlier, Tensor) else value
 
     def move_into(self, logs: dict[str, float], mean: Callable[[Tensor], Tensor]) -> None:
-        """Log them; `mean` is that over processes."""
+        """Log them; `mean` is that over processes. A tensor of two numbers is logged as the first
+        over the second."""
         for name, value in self._values.items():
-            logs[name] = mean(value).item() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                numerator, *denominator = mean(value).view(-1).tolist()
+                value = numerator / denominator[0] if denominator else numerator
+            logs[name] = value
         self._forget()
 
     def _forget(self) -> None:

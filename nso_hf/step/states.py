@@ -8,6 +8,7 @@ from torch import Tensor
 from nso_hf.backends import Weight
 from nso_hf.refusal import refusal
 from nso_hf.step.direction import Direction
+from nso_hf.step.rows import RowFactors
 
 
 class States:
@@ -18,6 +19,12 @@ class States:
         self._directions: dict[str, dict[str, Tensor]] = {}  # name -> weight's name -> its tensor
         # Of the micro-batches of one optimizer step, until it is over.
         self.sums: dict[str, Direction] = {}
+        self.rms: RowFactors | None = None
+
+    def begin_step(self) -> None:
+        """Forget what was of another step, which may have failed."""
+        self.sums.clear()
+        self.rms = None
 
     def __contains__(self, name: str) -> bool:
         return name in self._directions

@@ -9,6 +9,7 @@ from nso_hf.arguments import NSOConfig
 from nso_hf.curvature.options import CurvatureOptions
 from nso_hf.refusal import refusal
 from nso_hf.running.checkpoints import last_complete_checkpoint
+from nso_hf.step.sigma import RISE
 
 Config = TypeVar("Config", bound=NSOConfig)
 
@@ -40,6 +41,7 @@ def plainly(args: Config) -> Config:
     plain = copy.copy(args)
     plain.method, plain.method_kwargs = "nso", None
     plain.sigma, plain.log_sharpness = 0.0, False
+    plain.sigma_rise, plain.sigma_hold = RISE, False
     output = Path(str(args.output_dir)) / "plain"
     last = last_complete_checkpoint(output, args.world_size)
     resumes = args.resume_from_checkpoint is not None and last is not None

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from nso_hf.backends import alone
+from nso_hf.step.rows import RowNoise, row_rms
 from tests.distributed.back_ends import BACK_ENDS, assert_is
 from tests.distributed.launch import launch, launched
 from tests.older import HOLDS_GRADIENTS, IS_VERSION_4, LOGGED
@@ -18,6 +20,7 @@ from tests.reference import (
     tiny_llama,
     token_data,
     train,
+    whole_noise,
 )
 
 pytestmark = pytest.mark.distributed
@@ -50,6 +53,7 @@ CASES = {
         "sign": "alternate",
         "num_perturbations": 1,
     },
+    "relative": {**TWO, "sigma_scale": "relative"},
     "one": ONE,
     "one, plain": {"plain": True, "per_device_train_batch_size": 4},
     "two": TWO,
@@ -281,6 +285,16 @@ def test_resume_is_bit_equal(back_end, tmp_path):
                 assert torch.equal(p, w)
 
 
+@every_back_end
+def test_relative_noise(run, back_end):
+    """In units of the rows of W, whoever holds them, in the second micro-batch too."""
+    results = run(back_end, "relative")
+    model, losses = reference(relative=True)
+    assert_equal(results, model)
+    for result in results:
+        assert result["losses"] == pytest.approx(losses, abs=LOGGED)
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("back_end", ["fsdp2", "zero3"])
 def test_noise_is_that_of_one_process(back_end, processes, tmp_path):
@@ -289,9 +303,14 @@ def test_noise_is_that_of_one_process(back_end, processes, tmp_path):
     ranks = launch({"noise": case}, tmp_path, processes)
     model = tiny_llama()
     expected = draw(model, seed=3, step=5, j=1, sigma=0.1, distribution="normal")
+    rms = row_rms(alone(model).weights(), alone(model))
+    noise = RowNoise(seed=3, step=5, draw=1, std=0.1, rows=rms)
+    relative = [whole_noise(p, i, noise) for i, p in enumerate(model.parameters())]
     for rank in ranks:
         assert_is(back_end, rank["noise"], processes)
         for whole, u in zip(rank["noise"]["noise"], expected, strict=True):
+            assert torch.equal(whole, u)
+        for whole, u in zip(rank["noise"]["relative"], relative, strict=True):
             assert torch.equal(whole, u)
     local = torch.tensor([rank["noise"]["local"] for rank in ranks])
     assert local.sum(dim=0).tolist() == [p.numel() for p in model.parameters()]

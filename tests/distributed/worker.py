@@ -28,6 +28,7 @@ from nso_hf.curvature import (
     training_batches,
 )
 from nso_hf.step.noise import Noise
+from nso_hf.step.rows import RowNoise, row_rms
 from tests.deep_loras import deep
 from tests.distributed.back_ends import (
     BACK_ENDS,
@@ -183,6 +184,8 @@ def train(case, directory):
         "eval_losses": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
         "norms": [entry.get("nso/perturbation_norm") for entry in log],
         "traces": [entry.get("nso/trace_estimate") for entry in log],
+        "sigmas": [entry.get("nso/sigma") for entry in log],
+        "rises": [entry.get("nso/rise") for entry in log],
         "rates": rates,
         "counter": getattr(model, "counter", torch.zeros(())).item(),
         "counted": trainer.counted,
@@ -295,18 +298,27 @@ FAIL_IN = 8  # in the second micro-batch, whose gradients and those of the first
 
 
 def noise(case, directory):
-    """U of one draw as the back end adds it to weights of zero, whole."""
+    """U of one draw as the back end adds it to weights of zero, whole; and one in the units of the
+    rows of W."""
     trainer = make_trainer({**case, "max_steps": 1, "learning_rate": 0.0}, directory)
     trainer.train()
-    weights = select(trainer.accelerator, trainer.model_wrapped).weights()
-    for weight in weights:
-        weight.data.zero_()
-    Noise(seed=3, step=5, draw=1, std=0.1).add_to(weights)
-    whole = []
-    for weight in weights:
-        with gathered(weight.parameter) as data:
-            whole.append(data.clone())
-    return {"noise": whole, "local": [w.data.numel() for w in weights], **facts(trainer)}
+    backend = select(trainer.accelerator, trainer.model_wrapped)
+    weights = backend.weights()
+    at = {"seed": 3, "step": 5, "draw": 1, "std": 0.1}
+    found = {}
+    for name, U in {
+        "relative": RowNoise(**at, rows=row_rms(weights, backend)),
+        "noise": Noise(**at),
+    }.items():
+        for weight in weights:
+            weight.data.zero_()
+        backend.discard_gathered()
+        U.add_to(weights)
+        found[name] = []
+        for weight in weights:
+            with gathered(weight.parameter) as data:
+                found[name].append(data.clone())
+    return {**found, "local": [w.data.numel() for w in weights], **facts(trainer)}
 
 
 def curvature(case, directory):

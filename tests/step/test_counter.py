@@ -19,7 +19,7 @@ from benchmarks.step_cost import MODELS
 from nso_hf.backends import Weight
 from nso_hf.step import counter
 from nso_hf.step.noise import DISTRIBUTIONS, Noise
-from nso_hf.step.rows import RowNoise
+from nso_hf.step.rows import RowFactors, RowNoise
 from tests.reference import DEVICE
 
 here = pytest.mark.skipif(not counter.serves(DEVICE.type), reason="Triton does not draw here")
@@ -142,7 +142,9 @@ def test_rows_have_deviations_of_their_own(columns):
     whole, u = weight(30 * 200), weight(30 * 200)
     rows = torch.rand(200 if columns else 30, device=DEVICE)
     shape = torch.Size([30, 200])
-    noise = RowNoise(0, 0, 0, 0.3, rows={0: rows}, columns=frozenset({0} if columns else ()))
+    noise = RowNoise(
+        0, 0, 0, 0.3, rows=RowFactors({0: rows}), columns=frozenset({0} if columns else ())
+    )
     Noise(0, 0, 0, 0.3).add_to([u])
     factors = rows if columns else rows[:, None]
     exact = u.data.view(shape) * factors

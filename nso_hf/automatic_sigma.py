@@ -1,0 +1,74 @@
+"""Sigma that is found by its effect where the method begins, and held by it."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import Trainer
+from transformers.utils import logging
+
+from nso_hf.arguments import NSOArguments
+from nso_hf.backends import Weight
+from nso_hf.curvature.batches import training_batches
+from nso_hf.curvature.sigma import find_sigma
+from nso_hf.refusal import Refusal, refusal
+from nso_hf.step.sigma import AUTO
+
+logger = logging.get_logger(__name__)
+
+_BATCHES = 4  # of `per_device_train_batch_size`, however many processes there are
+_SAMPLES = 16
+_GAIN = 0.2  # of the controller, in log sigma for each log that shows no rise at all
+_HIGHEST = 5.0  # times the target: a rise counts as no more
+_FARTHEST = 10.0  # times the sigma that was found
+
+
+class AutomaticSigma:
+    """The sigma in use where `sigma` is "auto"."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None  # not found yet
+        self._found = math.nan
+
+    def find(self, trainer: Trainer, args: NSOArguments, weights: Sequence[Weight]) -> None:
+        """Find it on the first batches of the training data, in all processes together.
+
+        Raises:
+            ValueError: there is no such sigma, or no batch to find it on.
+        """
+        names = [f"^{re.escape(weight.name)}$" for weight in weights]
+        try:
+            found = find_sigma(
+                trainer,
+                training_batches(trainer, _BATCHES),
+                rise=args.sigma_rise,
+                sigma_scale=args.sigma_scale,
+                params=names,
+                num_samples=_SAMPLES,
+                seed=trainer.args.seed,
+            )
+        except Refusal as error:
+            rule = f"none was found. {str(error).rstrip('.')}"
+            cure = "Or set a number, as nso sigma suggests for a checkpoint"
+            raise refusal("sigma", AUTO, rule, cure) from error
+        self.value = self._found = found.sigma
+        if trainer.is_world_process_zero():
+            logger.warning(
+                f"sigma {found.sigma:.3g} ± {found.stderr:.1g} ({args.sigma_scale}) raises the "
+                f"loss of {found.num_examples} training examples by {args.sigma_rise:.3g} of it."
+            )
+
+    def hold(self, rise: float, target: float) -> None:
+        """Change it a little, by the rise that was measured: towards a mean rise of `target`."""
+        if self.value is None or not math.isfinite(rise):
+            return
+        change = _GAIN * (1 - min(_HIGHEST, max(0.0, rise / target)))
+        low, high = self._found / _FARTHEST, self._found * _FARTHEST
+        self.value = min(high, max(low, self.value * math.exp(change)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "found": self._found}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self._found = state["value"], state["found"]
