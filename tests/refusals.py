@@ -39,6 +39,7 @@ from nso_hf.companions import (
 )
 from nso_hf.curvature import (
     CurvatureCallback,
+    find_sigma,
     hessian_eigenvalues,
     hessian_trace,
     loss_slice,
@@ -343,6 +344,13 @@ LIBRARY: dict[str, Callable[[Path], object]] = {
     "sigma infinite": option(sigma=float("inf")),
     "sigma not a number": option(sigma=float("nan")),
     "sigma as text": option(sigma="big"),
+    "sigma of nothing": option(sigma=None),
+    "unknown scale of sigma": option(sigma_scale="rows"),
+    "a rise of nothing": option(sigma="auto", sigma_rise=0.0),
+    "a rise beside a number": option(sigma=0.1, sigma_rise=0.2),
+    "a rise held beside a number": option(sigma_hold=True),
+    "a rise held where it is not measured": option(sigma="auto", sigma_hold=True, sign="alternate"),
+    "sigma found for a method without it": option(sigma="auto", method="sam"),
     "no perturbations": option(num_perturbations=0),
     "half a perturbation": option(num_perturbations=1.5),
     "lambda above 1": option(clean_weight=1.1),
@@ -504,6 +512,9 @@ CURVATURE: dict[str, Callable[[Path], object]] = {
     "more eigenvalues than weights": measured(hessian_eigenvalues, k=10**6, max_products=10**6),
     "basis too small": measured(hessian_eigenvalues, k=3, basis_size=4),
     "noise of no size": measured(noise_stability, sigma=0.0),
+    "sigma for no rise": measured(find_sigma, rise=0.0),
+    "sigma for a rise that there is not": measured(find_sigma, rise=1e6, num_samples=1),
+    "relative eigenvectors": measured(hessian_trace, method="hutch++", sigma_scale="relative"),
     "loss above its bound": measured(
         pac_bayes_bound, reference=tiny_llama(), sigma=0.1, loss_bound=1.0, num_samples=1
     ),
