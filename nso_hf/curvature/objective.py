@@ -33,7 +33,7 @@ class Objective:
     With a model, this process works alone. With a Trainer, f is its `compute_loss`, and all of its
     processes have to take part: each gets the same `batches`, and every so manieth of them is its
     to evaluate; or, unless `shared`, all of them evaluate each. One batch of each process makes a
-    round.
+    round. Weights in half precision, which round the loss, are measured only if `in_half`.
 
     Raises:
         ValueError: there are no batches, the model returns no loss for them, or `params` does not
@@ -46,6 +46,7 @@ class Objective:
         batches: Iterable[Batch] | None,
         params: Selection = "trainable",
         shared: bool = True,
+        in_half: bool = False,
     ) -> None:
         self._trainer = model if isinstance(model, Trainer) else None
         self.backend: Backend
@@ -62,7 +63,7 @@ class Objective:
         self._model = self.backend.module
         self.all_weights = all_weights = self.backend.weights()
         can_unfreeze = self.backend.differentiates_twice
-        self.weights = select_measured(all_weights, self._model, params, can_unfreeze)
+        self.weights = select_measured(all_weights, self._model, params, can_unfreeze, in_half)
         self.vectors = Vectors(self.weights, self.backend)
         self._every = [weight.parameter for weight in all_weights]
         self._deal(batches, shared)

@@ -14,6 +14,7 @@ from nso_hf.step.storage import without_aliases
 
 _LINEAR = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
+_PRECISE, _HALF = (torch.float32, torch.float64), (torch.float16, torch.bfloat16)
 _NO_MATRIX = re.compile(r"embed|position|token", re.IGNORECASE)
 
 Selection = str | Sequence[str]
@@ -108,7 +109,11 @@ def left_out(weights: Sequence[Weight], model: nn.Module, params: Selection) -> 
 
 
 def select_measured(
-    weights: Sequence[Weight], model: nn.Module, params: Selection, can_unfreeze: bool
+    weights: Sequence[Weight],
+    model: nn.Module,
+    params: Selection,
+    can_unfreeze: bool,
+    in_half: bool = False,
 ) -> list[Weight]:
     """Those among all `weights` of `model` that `params` stands for.
 
@@ -142,7 +147,7 @@ def select_measured(
             rule = f"{weight.name} is frozen, and sharded weights have no gradient while they are"
             raise refusal("params", params, rule, "Measure it in one process, or what is trained")
     for weight in weights:  # the others too: they decide what a forward pass computes in
-        if weight.data.dtype not in (torch.float32, torch.float64):
+        if weight.data.dtype not in _PRECISE + (_HALF if in_half else ()):
             rule = f"{weight.data.dtype} rounds the loss and its gradient by more than they change"
             raise refusal("parameter", weight.name, rule, "Load the model in float32")
     kept = {weight.index for weight in without_aliases(weights)}

@@ -162,6 +162,19 @@ def test_a_trainer_and_its_model_agree(tmp_path):
     assert drawn.sigma == pytest.approx(other.sigma, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision(dtype):
+    """Losses rounded to 2^-9 of themselves at worst, a fiftieth of the rise; and sigma grows with
+    its square root."""
+    rows = token_data(8)
+    model, batches = learned(tiny_llama(), [batched(rows[:4]), batched(rows[4:])], 60)
+    exact = find_sigma(model, batches, rise=0.1, num_samples=8)
+    found = find_sigma(model.to(dtype), batches, rise=0.1, num_samples=8)
+    assert found.sigma == pytest.approx(exact.sigma, rel=0.02)
+    with pytest.raises(ValueError, match=f"rise=0.001: {dtype} rounds the loss by about as much"):
+        find_sigma(model, batches, rise=0.001)
+
+
 def of_powers(rise_at):
     return lambda sigma: Point(sigma, rise_at(sigma), 0.0, 1)
 
