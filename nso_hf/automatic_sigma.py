@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import Trainer
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from nso_hf.arguments import NSOArguments
 from nso_hf.backends import Weight
-from nso_hf.curvature.batches import training_batches
+from nso_hf.curvature.batches import Batch
 from nso_hf.curvature.sigma import find_sigma
 from nso_hf.refusal import Refusal, refusal
 from nso_hf.step.sigma import AUTO
@@ -31,7 +31,13 @@ class AutomaticSigma:
         self.value: float | None = None  # not found yet
         self._found = math.nan
 
-    def find(self, trainer: Trainer, args: NSOArguments, weights: Sequence[Weight]) -> None:
+    def find(
+        self,
+        trainer: Trainer,
+        args: NSOArguments,
+        weights: Sequence[Weight],
+        first_batches: Callable[[int], list[Batch]],
+    ) -> None:
         """Find it on the first batches of the training data, in all processes together.
 
         Raises:
@@ -41,7 +47,7 @@ class AutomaticSigma:
         try:
             found = find_sigma(
                 trainer,
-                training_batches(trainer, _BATCHES),
+                first_batches(_BATCHES),
                 rise=args.sigma_rise,
                 sigma_scale=args.sigma_scale,
                 params=names,
@@ -50,7 +56,7 @@ class AutomaticSigma:
             )
         except Refusal as error:
             rule = f"none was found. {str(error).rstrip('.')}"
-            cure = "Or set a number, as nso sigma suggests for a checkpoint"
+            cure = "Or set a number, or start: weights that know nothing have nothing to lose"
             raise refusal("sigma", AUTO, rule, cure) from error
         self.value = self._found = found.sigma
         if trainer.is_world_process_zero():

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from nso_hf.arguments import NSOArguments, check_training
 from nso_hf.automatic_sigma import AutomaticSigma
 from nso_hf.backends import Backend, Weight, check, select
+from nso_hf.curvature.batches import Batch, training_batches
 from nso_hf.methods import Point, Step
 from nso_hf.refusal import refusal
 from nso_hf.step.companion import Companion, companions_among
@@ -146,7 +147,7 @@ class NSOTrainerMixin(_Base):
         number, total = self.state.global_step, self.state.max_steps
         if self.nso_args.sigma == AUTO and automatic.value is None and method.acts(number, total):
             weights = self._nso_select_for_training(self.model_wrapped)
-            automatic.find(self, self.nso_args, weights)
+            automatic.find(self, self.nso_args, weights, self.nso_first_batches)
 
     def _nso_check_was_called(self) -> None:
         if self._nso_is_awaited and self.nso_args.chosen_method().displaces():
@@ -223,6 +224,15 @@ class NSOTrainerMixin(_Base):
         and the back end that says so."""
         backend = select(self.accelerator, self.model_wrapped)
         return backend, backend.weights(self._nso_beside(backend))
+
+    def nso_first_batches(self, number: int) -> list[Batch]:
+        """The first batches of the training data, the same in every process, on which sigma="auto"
+        is found: for trainers to override whose data cannot be read twice.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        return training_batches(self, number)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         # Once for all evaluations of a micro-batch, at W.

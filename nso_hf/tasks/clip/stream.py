@@ -69,6 +69,11 @@ class PairStream(IterableDataset[dict[str, Tensor]]):
         batch = self.batch_size * self._micro_batches
         return len(self.pairs) // (batch * self._processes) * batch
 
+    def undealt(self) -> "PairStream":
+        """The same pairs in the order of one process, in its first epoch."""
+        size, seed = self.batch_size, self._seed
+        return PairStream(self.pairs, self.transform, self.tokenizer, batch_size=size, seed=seed)
+
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration is of."""
         self._epoch.fill_(epoch)

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from nso_hf.backends import select, shape_of
+from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import refusal
 from nso_hf.step.side_effects import Buffers, random_state_kept
 from nso_hf.tasks.clip.arguments import CLIPConfig
@@ -103,6 +104,17 @@ class CLIPTrainer(NSOTrainer):
         self._logit_scale: Tensor | None = None
         self._nso_micro_batches: list[Any] = []
         self._nso_features: dict[Any, list[dict[str, Tensor]]] = {}
+
+    def nso_first_batches(self, number: int) -> list[Batch]:
+        """Of single processes: contrastive losses of more pairs are higher."""
+        if not isinstance(self.train_dataset, PairStream):
+            return super().nso_first_batches(number)
+        size = self.train_dataset.batch_size
+        pairs = iter(self.train_dataset.undealt())
+        most = len(self.train_dataset.pairs) // size
+        return [
+            self.data_collator([next(pairs) for _ in range(size)]) for _ in range(min(number, most))
+        ]
 
     def _check_options(self, args: CLIPConfig) -> None:
         best = (args.metric_for_best_model or "loss").removeprefix("eval_")

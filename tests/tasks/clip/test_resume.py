@@ -98,3 +98,31 @@ def test_each_epoch_has_an_order_of_its_own(tmp_path):
     assert trainer.state.global_step == 6
     assert sum(seen[:3]) == pytest.approx(sum(seen[3:]), rel=1e-5)
     assert sorted(seen[:3]) != sorted(seen[3:])
+
+
+def test_sigma_is_found_without_moving_the_stream(tmp_path):
+    """Training goes on as with the number: augmentation, order and dropped patches too."""
+    urls = shards(tmp_path, [12, 12])
+    runs = {}
+    for name, sigma in {"found": "auto", "given": None}.items():
+        options = {"start": 0.8, "sigma_rise": 0.02, "sigma": "auto"}
+        if sigma is None:
+            options = {"start": 0.8, "sigma": runs["found"][0]}
+        trainer = trainer_of(
+            tmp_path / name,
+            urls,
+            lambda clip: clip.train_transform,
+            max_steps=50,
+            save_strategy="no",
+            **options,
+        )
+        batches = trainer.nso_first_batches(2)
+        again = trainer.nso_first_batches(2)
+        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(batches, again, strict=True))
+        assert len(trainer.nso_first_batches(99)) == 24 // 4
+        trainer.train()
+        sigmas = [e["nso/sigma"] for e in trainer.state.log_history if "nso/sigma" in e]
+        runs[name] = (sigmas[-1], [p.detach().clone() for p in trainer.model.parameters()])
+    assert 0 < runs["found"][0] == runs["given"][0]
+    for p, q in zip(runs["found"][1], runs["given"][1], strict=True):
+        assert torch.equal(p, q)
