@@ -9,6 +9,7 @@ is interpolated in log sigma.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
@@ -21,7 +22,7 @@ from nso_hf.curvature.parameters import Selection
 from nso_hf.curvature.result import Measurement, Stopwatch
 from nso_hf.curvature.stability import Rises
 from nso_hf.curvature.trace import check_count
-from nso_hf.refusal import check_choice, refusal
+from nso_hf.refusal import Refusal, check_choice, refusal
 from nso_hf.step.sigma import RISE, SCALES, check_rise
 
 _FEW = 2  # draws of the search, before there are more
@@ -117,20 +118,22 @@ def find_sigma(
             cure = "Measure on batches whose loss is above 0, or set sigma yourself"
             raise refusal("batches", objective.num_batches, rule, cure)
 
+        known: dict[float, list[float]] = {}
+
         def measured(sigma: float, least: int, most: int) -> Point:
-            shares: list[float] = []
+            shares = known.setdefault(sigma, [])
             while len(shares) < least or (len(shares) < most and _is_rough(shares)):
                 shares.append(rises.of(sigma, len(shares)).item() / loss)
                 bar.update()
-            return Point.of(sigma, shares)
+            return Point.of(sigma, shares[:most])
 
         unit = rises.unit
-        few = min(_FEW, num_samples or _FEW)
-        rough = _search(lambda sigma: measured(sigma, few, few), rise, 0.05 * unit, unit)
-        first = rough[-1].sigma
-        if num_samples is None:
-            num_samples = measured(first, _LEAST, _MOST).num_samples
-        number = num_samples
+        few, first = min(_FEW, num_samples or _FEW), 0.05 * unit
+        rough: list[Point] = []
+        with suppress(Refusal):  # what few draws do not show, more may
+            rough = _search(lambda sigma: measured(sigma, few, few), rise, first, unit)
+            first = rough[-1].sigma
+        number = num_samples or measured(first, _LEAST, _MOST).num_samples
         found = _search(lambda sigma: measured(sigma, number, number), rise, first, unit)
         last, power = found[-1], _power(found) or _power(rough) or 2.0
         sigma = last.sigma * (rise / last.rise) ** (1 / power)
@@ -143,7 +146,7 @@ def find_sigma(
         rise=rise,
         sigma_scale=sigma_scale,
         loss=loss,
-        num_samples=num_samples,
+        num_samples=number,
         curve=tuple(sorted(curve, key=lambda point: point.sigma)),
         notes=(*objective.notes, *notes),
         **watch.fields(objective),
@@ -200,6 +203,8 @@ def _next(low: Point | None, high: Point | None, target: float, number: int) -> 
 
 def _power(tried: list[Point]) -> float | None:
     """That of sigma by which the rise grows, about the last point."""
+    if not tried:
+        return None
     last = tried[-1]
     others = [p for p in tried[:-1] if 0 < p.rise < math.inf and p.sigma != last.sigma]
     if not others:
