@@ -185,6 +185,8 @@ class NSOTrainerMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.nso_args.sigma_hold:  # what was measured and not logged yet
+            self._nso_measurements.settle(self.nso_backend.mean)
         if self.nso_backend.copy == 0:
             save(self._nso_kept(), output_dir, self.nso_backend.part)
 
@@ -214,6 +216,8 @@ class NSOTrainerMixin(_Base):
         kept: dict[str, Keeps] = {"method": self._nso_states} if remembers else {}
         if self.nso_args.sigma == AUTO:
             kept["sigma"] = self._nso_automatic
+        if self.nso_args.sigma_hold:
+            kept["rise"] = self._nso_measurements
         return kept | {companion.name: companion for companion in self._nso_companions()}
 
     def _nso_companions(self) -> list[Companion]:

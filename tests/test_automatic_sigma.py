@@ -56,7 +56,10 @@ def test_it_is_found_where_the_method_begins(tmp_path):
     assert logged(trainer, "nso/sigma")[0] != logged(at_start, "nso/sigma")[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"sigma_hold": True}, {"start": 0.6}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sigma_hold": True}, {"start": 0.6}, {"sigma_hold": True, "logging_steps": 2}],
+)
 def test_resume_is_bit_equal(tmp_path, options):
     shared = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, **options}
     whole, halves = tiny_llama(), tiny_llama()

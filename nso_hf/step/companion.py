@@ -23,8 +23,8 @@ class Companion(TrainerCallback):
     """
 
     def __init__(self, name: str) -> None:
-        if not name.isidentifier() or name in ("method", "sigma"):
-            rule = "must be an identifier, and 'method' and 'sigma' are the method's"
+        if not name.isidentifier() or name in ("method", "sigma", "rise"):
+            rule = "must be an identifier, and 'method', 'sigma' and 'rise' are taken"
             raise refusal("name", name, rule, "Use a word, such as 'ema'")
         self.name = name
         self._trainer: Any = None

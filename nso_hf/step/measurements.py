@@ -1,6 +1,7 @@
 """What is measured in a step, on its way to the Trainer's log."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from torch import Tensor
 from transformers.utils import logging
@@ -41,15 +42,26 @@ class Measurements:
             earlier = self._values.get(name)
             self._values[name] = earlier + value if isinstance(earlier, Tensor) else value
 
-    def move_into(self, logs: dict[str, float], mean: Callable[[Tensor], Tensor]) -> None:
-        """Log them; `mean` is that over processes. A tensor of two numbers is logged as the first
-        over the second."""
+    def settle(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Make numbers of them; `mean` is that over processes. Of a tensor of two, the first over
+        the second."""
         for name, value in self._values.items():
             if isinstance(value, Tensor):
                 numerator, *denominator = mean(value).view(-1).tolist()
-                value = numerator / denominator[0] if denominator else numerator
-            logs[name] = value
+                self._values[name] = numerator / denominator[0] if denominator else numerator
+
+    def move_into(self, logs: dict[str, float], mean: Callable[[Tensor], Tensor]) -> None:
+        """Log them, settled."""
+        self.settle(mean)
+        logs |= cast("dict[str, float]", self._values)
         self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of settled ones."""
+        return {"step": self._step, "values": self._values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step, self._values = state["step"], state["values"]
 
     def _forget(self) -> None:
         self._values, self._step = {}, None
