@@ -23,7 +23,7 @@ from nso_hf.curvature.data_options import (
 from nso_hf.curvature.eigenvalues import hessian_eigenvalues
 from nso_hf.curvature.hessian import HVPS
 from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
-from nso_hf.curvature.parameters import PRESETS
+from nso_hf.curvature.parameters import add_params_option, params_of
 from nso_hf.curvature.report import Report, plot_reports, print_reports
 from nso_hf.curvature.slices import loss_slice
 from nso_hf.curvature.spectrum import hessian_spectrum
@@ -39,13 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made = CommandParser("curvature", __doc__)
     add_data_options(made, split="train", num_batches=_BATCHES)
     add = made.add_argument
-    add(
-        "--params",
-        nargs="+",
-        default=["trainable"],
-        metavar="NAME",
-        help=f"weights: {', '.join(PRESETS)}, or regular expressions (default: trainable)",
-    )
+    add_params_option(made)
     add("--num_samples", type=int, default=50, help="probes of the trace (default: %(default)s)")
     add("--num_eigenvalues", type=int, default=3, help="largest ones (default: %(default)s)")
     add("--sigma", type=float, default=0.01, help="noise for the stability (default: %(default)s)")
@@ -99,9 +93,7 @@ def measure(checkpoint: str, options: argparse.Namespace) -> Report:
     batches = data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
-    names = options.params
-    params = names[0] if len(names) == 1 and names[0] in PRESETS else names
-    shared = {"params": params, "seed": options.seed}
+    shared = {"params": params_of(options), "seed": options.seed}
     products = {**shared, "hvp": options.hvp}
     count, steps = options.num_eigenvalues, options.spectrum_steps
     line, plane = (

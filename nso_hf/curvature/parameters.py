@@ -1,5 +1,6 @@
 """Which weights curvature is measured in."""
 
+import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -93,6 +94,23 @@ PRESETS: dict[str, Callable[[Sequence[Weight], nn.Module], list[Weight]]] = {
 too; LoRA adapters; the weights that LoRA adapters are merged into; the trained weights of two or
 more dimensions (linear and convolution layers, experts, routers, recurrent layers), but for
 embeddings (the selection of arXiv 2306.08553)."""
+
+
+def add_params_option(parser: argparse.ArgumentParser) -> None:
+    """`--params`, which `params_of` reads."""
+    parser.add_argument(
+        "--params",
+        nargs="+",
+        default=["trainable"],
+        metavar="NAME",
+        help=f"weights: {', '.join(PRESETS)}, or regular expressions (default: trainable)",
+    )
+
+
+def params_of(options: argparse.Namespace) -> Selection:
+    """The name of a preset, or the patterns."""
+    names: list[str] = options.params
+    return names[0] if len(names) == 1 and names[0] in PRESETS else names
 
 
 def left_out(weights: Sequence[Weight], model: nn.Module, params: Selection) -> tuple[str, ...]:

@@ -17,9 +17,14 @@ from typing import Any
 
 import torch
 
-from nso_hf.curvature.data_options import add_data_options, as_json, check_data_options, data_of
+from nso_hf.curvature.data_options import (
+    add_data_options,
+    as_json,
+    check_data_options,
+    data_of,
+)
 from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
-from nso_hf.curvature.parameters import PRESETS
+from nso_hf.curvature.parameters import add_params_option, params_of
 from nso_hf.curvature.sigma import SigmaFound, find_sigma
 from nso_hf.curvature.trace import Estimate, check_count, hessian_trace
 from nso_hf.refusal import needs
@@ -77,13 +82,7 @@ def parser() -> argparse.ArgumentParser:
         default=SCALES[0],
         help="relative: in units of each row's root mean square (default: %(default)s)",
     )
-    add(
-        "--params",
-        nargs="+",
-        default=["trainable"],
-        metavar="NAME",
-        help=f"weights: {', '.join(PRESETS)}, or regular expressions (default: trainable)",
-    )
+    add_params_option(made)
     many = "draws of the noise (default: as many as tell the rise to 5 %%)"
     add("--num_samples", type=int, help=many)
     add(
@@ -114,9 +113,11 @@ def suggestion(checkpoint: str, options: argparse.Namespace) -> Suggestion:
     batches = data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
-    names = options.params
-    params = names[0] if len(names) == 1 and names[0] in PRESETS else names
-    shared = {"params": params, "seed": options.seed, "sigma_scale": options.sigma_scale}
+    shared = {
+        "params": params_of(options),
+        "seed": options.seed,
+        "sigma_scale": options.sigma_scale,
+    }
     samples = {"num_samples": options.num_samples, "points": _POINTS}
     found = find_sigma(model, batches, rise=options.rise, **samples, **shared)
     trace = None
