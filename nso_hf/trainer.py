@@ -146,7 +146,9 @@ class NSOTrainerMixin(_Base):
         method, automatic = self.nso_args.chosen_method(), self._nso_automatic
         number, total = self.state.global_step, self.state.max_steps
         if self.nso_args.sigma == AUTO and automatic.value is None and method.acts(number, total):
-            weights = self._nso_select_for_training(self.model_wrapped)
+            selected = self._nso_select_for_training(self.model_wrapped)
+            own = len(list(self.nso_backend.module.parameters()))  # before those beside it
+            weights = [weight for weight in selected if weight.index < own]
             automatic.find(self, self.nso_args, weights, self.nso_first_batches)
 
     def _nso_check_was_called(self) -> None:

@@ -209,3 +209,25 @@ def test_a_checkpoint_of_a_number(tmp_path):
     )
     with pytest.raises(ValueError, match=r"has no sigma_0\.pt, which the training's sigma"):
         later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_weights_of_a_loss_beside_the_model(tmp_path):
+    """They are displaced in training, and not while sigma is looked for."""
+
+    class WithLoss(NSOTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return (
+                super().compute_loss(model, inputs, *args, **kwargs) * self.scale.weight.exp()[0, 0]
+            )
+
+    model, scale = tiny_llama(), torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD([*model.parameters(), *scale.parameters()], lr=1e-3)
+    args = automatic(tmp_path, max_steps=1)
+    trainer = WithLoss(
+        model=model, args=args, train_dataset=token_data(40), optimizers=(optimizer, None)
+    )
+    trainer.scale = scale
+    trainer.train()
+    alone = train(tiny_llama(), token_data(40), automatic(tmp_path, max_steps=1))
+    found = logged(trainer, "nso/sigma")[0]
+    assert found == pytest.approx(logged(alone, "nso/sigma")[0], rel=1e-3)
