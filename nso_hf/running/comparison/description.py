@@ -38,6 +38,8 @@ class Tuning:
     seeds: list[int]
     metric: str
     greater_is_better: bool
+    leave_out: list[str] = field(default_factory=list)
+    """Options that its runs do without: of what is measured for the comparison alone."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def read_comparison(file: Path, find_recipe: Callable[[str], Path]) -> Compariso
         options=options,
         settings={name: _options(f"settings.{name}", value) for name, value in settings.items()},
         methods=methods,
-        tuning=_tuning(tune, str(metrics[0])) if tune else None,
+        tuning=_tuning(tune, str(metrics[0]), options) if tune else None,
         metrics=[str(metric) for metric in metrics],
         baseline=baseline,
         output_dir=Path(
@@ -155,8 +157,8 @@ def _check_budget(methods: dict[str, Method]) -> None:
         raise refusal("tune", trials, "every method must have as many trials", cure)
 
 
-def _tuning(tune: Options, compared: str) -> Tuning:
-    _check_keys("tune", tune, ["seeds", "metric", "greater_is_better", "options"])
+def _tuning(tune: Options, compared: str, options: Options) -> Tuning:
+    _check_keys("tune", tune, ["seeds", "metric", "greater_is_better", "options", "leave_out"])
     metric = str(tune.get("metric", "validation.accuracy"))
     if metric == compared or metric.startswith("test."):
         rule = "the test data are read once, for what is compared"
@@ -166,7 +168,12 @@ def _tuning(tune: Options, compared: str) -> Tuning:
     greater = tune.get("greater_is_better", "loss" not in metric.rpartition(".")[2])
     if not isinstance(greater, bool):
         raise refusal("tune.greater_is_better", greater, "must be true or false", "Correct it")
-    return Tuning(_seeds("tune.seeds", tune["seeds"]), metric, greater)
+    leave_out = _list("tune.leave_out", tune["leave_out"]) if "leave_out" in tune else []
+    for name in leave_out:
+        if name not in options:
+            cure = f"Choose of {_names(options)}" if options else "Leave it out"
+            raise refusal("tune.leave_out", name, "not among the options of all runs", cure)
+    return Tuning(_seeds("tune.seeds", tune["seeds"]), metric, greater, leave_out)
 
 
 def _options(where: str, value: Any) -> Options:

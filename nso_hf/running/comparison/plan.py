@@ -243,8 +243,11 @@ def _trials(comparison: Comparison, setting: str, method: Method, found: Options
     if comparison.tuning is None:
         return []
     seeds = comparison.tuning.seeds
+    without = dict.fromkeys(comparison.tuning.leave_out)
     return [
-        Trial(options, _runs(comparison, setting, method, options | found, "tuning", seeds))
+        Trial(
+            options, _runs(comparison, setting, method, without | options | found, "tuning", seeds)
+        )
         for options in combinations(method)
     ]
 

@@ -67,7 +67,17 @@ def test_a_loss_is_better_where_it_is_lower(tmp_path, metric, greater):
     assert said.tuning.greater_is_better == (not greater)
 
 
+def test_tuning_may_leave_options_out(tmp_path):
+    tune = f"{TUNE[:-1]}, leave_out: [curvature]}}"
+    found = read(tmp_path, tune=tune, options="{curvature: true}").tuning
+    assert found.leave_out == ["curvature"] and not read(tmp_path, tune=TUNE).tuning.leave_out
+
+
 WRONG = {
+    "leaving out what nobody asked for": (
+        {"tune": f"{TUNE[:-1]}, leave_out: [curvatur]}}", "options": "{curvature: true}"},
+        "tune.leave_out='curvatur': not among the options of all runs. Choose of 'curvature'.",
+    ),
     "unknown key": (
         {"seed": "1"},
         "comparison='seed': unknown. Choose one of recipe, seeds, options, settings, methods, tune,"

@@ -114,6 +114,17 @@ def test_tuning_chooses_by_the_mean_over_its_seeds():
     assert cells(less, records)[0].chosen == {"learning_rate": 0.1}
 
 
+def test_tuning_does_without_what_it_leaves_out():
+    tuning = replace(TUNING, leave_out=["batch", "max_steps"])
+    what = comparison(tuning, plain=Method("", {"sigma": 0, "max_steps": 20}, RATES))
+    runs = missing(cells(what, {}), {})
+    assert all(run.options.keys() == {"sigma", "learning_rate", "seed"} for run in runs)
+    records = ended(cells(what, {}), judged)
+    compared = missing(cells(what, records), records)
+    assert len(compared) == 6 and {run.options["max_steps"] for run in compared} == {20}
+    assert {run.options["batch"] for run in compared} == {1, 4}
+
+
 def test_a_trial_that_failed_is_not_chosen():
     what = comparison(TUNING, plain=Method("", {}, RATES))
     planned = cells(what, {})
