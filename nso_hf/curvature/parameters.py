@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nso_hf.backends import Weight
 from nso_hf.refusal import refusal
+from nso_hf.step.selection import SelectionOptions, select_perturbed
 from nso_hf.step.storage import without_aliases
 
 _LINEAR = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
@@ -24,6 +25,10 @@ Selection = str | Sequence[str]
 
 def _trainable(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
     return [weight for weight in weights if weight.parameter.requires_grad]
+
+
+def _perturbed(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
+    return select_perturbed(weights, SelectionOptions())
 
 
 def _all(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
@@ -85,25 +90,27 @@ def _weight_matrices(weights: Sequence[Weight], model: nn.Module) -> list[Weight
 
 PRESETS: dict[str, Callable[[Sequence[Weight], nn.Module], list[Weight]]] = {
     "trainable": _trainable,
+    "perturbed": _perturbed,
     "all": _all,
     "lora": _lora,
     "merged": _merged,
     "weight_matrices": _weight_matrices,
 }
-"""Name -> the weights of a model it stands for: those that are trained; every one, frozen ones
-too; LoRA adapters; the weights that LoRA adapters are merged into; the trained weights of two or
-more dimensions (linear and convolution layers, experts, routers, recurrent layers), but for
-embeddings (the selection of arXiv 2306.08553)."""
+"""Name -> the weights of a model it stands for: those that are trained; of those, what NSO perturbs
+by default, which leaves out single numbers such as a temperature; every one, frozen ones too; LoRA
+adapters; the weights that LoRA adapters are merged into; the trained weights of two or more
+dimensions (linear and convolution layers, experts, routers, recurrent layers), but for embeddings
+(the selection of arXiv 2306.08553)."""
 
 
-def add_params_option(parser: argparse.ArgumentParser) -> None:
+def add_params_option(parser: argparse.ArgumentParser, default: str = "trainable") -> None:
     """`--params`, which `params_of` reads."""
     parser.add_argument(
         "--params",
         nargs="+",
-        default=["trainable"],
+        default=[default],
         metavar="NAME",
-        help=f"weights: {', '.join(PRESETS)}, or regular expressions (default: trainable)",
+        help=f"weights: {', '.join(PRESETS)}, or regular expressions (default: {default})",
     )
 
 

@@ -88,7 +88,8 @@ def find_sigma(
     `batches`, from forward passes alone: 2 of each batch for each draw, and some 20 more.
 
     Args:
-        model, batches, params: as in `hessian_trace`; all of `params` is displaced.
+        model, batches, params: as in `hessian_trace`; all of `params` is displaced;
+            "perturbed" is what training with NSO's defaults displaces.
         sigma_scale: "absolute", or "relative": in units of the root mean square of each row.
         num_samples: draws of U; None: as many as it takes for a standard error of 5 % of the rise,
             16 to 400.

@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         default=SCALES[0],
         help="relative: in units of each row's root mean square (default: %(default)s)",
     )
-    add_params_option(made)
+    add_params_option(made, default="perturbed")
     many = "draws of the noise (default: as many as tell the rise to 5 %%)"
     add("--num_samples", type=int, help=many)
     add(

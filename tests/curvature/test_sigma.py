@@ -113,6 +113,14 @@ def test_the_rise_is_that_of_an_independent_estimate(kind, sigma_scale):
     assert again.gap / again.loss == pytest.approx(0.1, rel=0.01)
 
 
+def test_what_training_perturbs_has_no_single_numbers():
+    model, batches = clip()
+    found = find_sigma(model, batches, params="perturbed", num_samples=2)
+    assert found.num_parameters == sum(p.numel() for p in model.parameters()) - 1  # the temperature
+    every = find_sigma(model, batches, num_samples=2)
+    assert every.num_parameters == found.num_parameters + 1 and every.sigma != found.sigma
+
+
 @pytest.mark.parametrize(
     ("rise", "sigma_scale"), [(0.01, "absolute"), (1.0, "absolute"), (0.1, "relative")]
 )
