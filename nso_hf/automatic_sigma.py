@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 
 _BATCHES = 4  # of `per_device_train_batch_size`, however many processes there are
 _SAMPLES = 16
-_GAIN = 0.2  # of the controller, in log sigma for each log that shows no rise at all
-_HIGHEST = 5.0  # times the target: a rise counts as no more
+_GAIN = 0.05  # of the controller, in log sigma for each log that shows no rise at all
+_HIGHEST = 10.0  # times the target: a rise counts as no more
 _FARTHEST = 10.0  # times the sigma that was found
 
 

@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -78,8 +78,15 @@ def trained(
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "best_validation_metric": trainer.state.best_metric,
         "curvature": curvature_of(log[-1]) if curvature is not None else None,
+        "sigma": _sigmas(log),
         "log": log,
     }
+
+
+def _sigmas(log: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """The first that was logged, which is the one that "auto" found, and the last."""
+    sigmas = [entry["nso/sigma"] for entry in log if "nso/sigma" in entry]
+    return {"first": sigmas[0], "last": sigmas[-1]} if sigmas else None
 
 
 def method_of(results: Mapping[str, Any]) -> str:

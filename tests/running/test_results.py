@@ -52,11 +52,19 @@ def test_results_are_written_with_each_addition(run, tmp_path):
     assert written["steps"] == 3 and written["backend"] == "one process"
     assert written["companion_options"]["swa_start"] == 0.0
     assert written["nso_options"]["sigma"] == 0.01
+    assert written["sigma"] is None  # logging_steps is 500
     assert written["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     held = sum(4 * p.numel() for p in trainer.model.parameters())
     assert written["peak_memory_bytes"] > held
     # Both rounded to hundredths.
     assert 0 < written["train_seconds"] <= written["total_seconds"] + 0.01
+
+
+def test_the_sigmas_in_use(run):
+    trainer, recorded, _, _ = run
+    trainer.args.logging_steps, trainer.args.sigma_schedule = 1, "linear"
+    found = trained(trainer, recorded, None)["sigma"]
+    assert found == {"first": pytest.approx(0.01 / 3), "last": pytest.approx(0.01)}
 
 
 def test_curvature_after_training_is_of_the_average(run):
