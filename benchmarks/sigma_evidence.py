@@ -141,6 +141,8 @@ def plot(tasks: list[Task], path: Path) -> None:
                         axis.annotate(name.split()[-1], (sigma, height), fontsize=8,
                                       textcoords="offset points", xytext=(4, 5))  # fmt: skip
             axis.set(xscale="log", ylabel=task.title, xlabel=f"sigma, {scale}")
+            axis.minorticks_off()
+            axis.set_xticks(list(grid), [f"{sigma:g}" for sigma in grid])
             axis.yaxis.label.set_fontsize(8)
     axes[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
