@@ -122,7 +122,7 @@ def test_a_rise_is_held(tmp_path):
         now.trainer.train()
         means[hold] = sum(now.found) / len(now.found)
     assert means[False] > 0.08
-    # The controller moves sigma by a tenth about its mean, and follows the loss with some delay.
+    # The controller follows the loss with a delay of some ten logs.
     assert means[True] == pytest.approx(0.05, rel=0.4)
 
 
@@ -139,7 +139,7 @@ def test_the_controller():
         automatic.hold(automatic.value**2 * 100 * noise, 0.1)
         values.append(automatic.value)
     rises = torch.tensor(values[100:]).square() * 100
-    assert rises.mean().item() == pytest.approx(0.1, rel=0.1)  # it moves by 15 % about that
+    assert rises.mean().item() == pytest.approx(0.1, rel=0.1)
     automatic.hold(math.nan, 0.1)
     assert automatic.value == values[-1]
     for rise, bound in ((0.0, 0.2), (9.0, 0.002)):

@@ -170,7 +170,7 @@ def _tuning(tune: Options, compared: str, options: Options) -> Tuning:
         raise refusal("tune.greater_is_better", greater, "must be true or false", "Correct it")
     leave_out = _list("tune.leave_out", tune["leave_out"]) if "leave_out" in tune else []
     for name in leave_out:
-        if name not in options:
+        if str(name) not in options:
             cure = f"Choose of {_names(options)}" if options else "Leave it out"
             raise refusal("tune.leave_out", name, "not among the options of all runs", cure)
     return Tuning(_seeds("tune.seeds", tune["seeds"]), metric, greater, leave_out)

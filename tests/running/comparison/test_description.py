@@ -74,6 +74,10 @@ def test_tuning_may_leave_options_out(tmp_path):
 
 
 WRONG = {
+    "leaving out what is no name": (
+        {"tune": f"{TUNE[:-1]}, leave_out: [{{a: 1}}]}}", "options": "{curvature: true}"},
+        "tune.leave_out={'a': 1}: not among the options of all runs. Choose of 'curvature'.",
+    ),
     "leaving out what nobody asked for": (
         {"tune": f"{TUNE[:-1]}, leave_out: [curvatur]}}", "options": "{curvature: true}"},
         "tune.leave_out='curvatur': not among the options of all runs. Choose of 'curvature'.",
