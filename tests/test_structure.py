@@ -161,6 +161,12 @@ def _body(node):
     return body if isinstance(body, list) else []
 
 
+def test_pictures_leave_matplotlib_as_found():
+    """A back end chosen for the whole process would blank the pictures of a notebook."""
+    for path in PACKAGE.rglob("*.py"):
+        assert not re.search(r"pyplot|matplotlib\.use", path.read_text()), path.name
+
+
 def test_no_string_stands_alone():
     """The second line of a message without parentheses around it would be lost without a word."""
     for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "recipes").glob("*.py")]:

@@ -112,37 +112,37 @@ def print_reports(reports: Mapping[str, Report], files: list[Path]) -> None:
 
 def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:
     """Traces of the layers, the spectrum and the slices, as far as they were measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     written = []
 
-    def save(name: str) -> None:
-        plt.savefig(folder / name, dpi=120)
-        plt.close()
+    def save(figure: Any, name: str) -> None:
+        figure.savefig(folder / name, dpi=120)
         written.append(folder / name)
+
+    def one_panel(width: float, height: float) -> tuple[Any, Any]:
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()
 
     blocks = [report.trace_per_block() for report in reports.values()]
     names = list(dict.fromkeys(name for block in blocks for name in block))
     height = 0.8 / len(blocks)
-    plt.figure(figsize=(8, 1.5 + 0.3 * len(names)), layout="constrained")
+    figure, axis = one_panel(8, 1.5 + 0.3 * len(names))
     for number, (name, block) in enumerate(zip(reports, blocks, strict=True)):
         places = [names.index(b) + height * (number - (len(blocks) - 1) / 2) for b in block]
-        plt.barh(
+        axis.barh(
             places,
             [estimate.estimate for estimate in block.values()],
             height,
             xerr=[estimate.stderr for estimate in block.values()],
             label=name,
         )
-    plt.yticks(range(len(names)), names)
-    plt.gca().invert_yaxis()
-    plt.axvline(0, color="black", linewidth=0.8)
-    plt.xlabel("trace of the Hessian's block, with standard error")
-    plt.legend()
-    save("traces.png")
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel("trace of the Hessian's block, with standard error")
+    axis.legend()
+    save(figure, "traces.png")
 
     spectra = {name: r.spectrum for name, r in reports.items() if r.spectrum is not None}
     if spectra:
@@ -150,31 +150,28 @@ def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:
         high = max(s.nodes.max().item() for s in spectra.values())
         width = 0.01 * (high - low) or 1e-12
         points = torch.linspace(low - 4 * width, high + 4 * width, 1000, dtype=torch.float64)
-        plt.figure(figsize=(8, 4), layout="constrained")
+        figure, axis = one_panel(8, 4)
         for name, spectrum in spectra.items():
-            plt.semilogy(points, spectrum.density(points, width), label=name)
-        plt.ylim(1e-10, 10 / width)
-        plt.xlabel("eigenvalue")
-        plt.ylabel("density")
-        plt.legend()
-        save("spectrum.png")
+            axis.semilogy(points, spectrum.density(points, width), label=name)
+        axis.set(ylim=(1e-10, 10 / width), xlabel="eigenvalue", ylabel="density")
+        axis.legend()
+        save(figure, "spectrum.png")
 
     lines = {name: r.line for name, r in reports.items() if r.line is not None}
     if lines:
-        plt.figure(figsize=(6, 4), layout="constrained")
+        figure, axis = one_panel(6, 4)
         for name, line in lines.items():
-            plt.plot(line.coordinates, line.losses, ".-", label=name)
-        plt.xlabel("distance along a random direction, in norms of each filter")
-        plt.ylabel("loss")
-        plt.legend()
-        save("line.png")
+            axis.plot(line.coordinates, line.losses, ".-", label=name)
+        axis.set_xlabel("distance along a random direction, in norms of each filter")
+        axis.set_ylabel("loss")
+        axis.legend()
+        save(figure, "line.png")
 
     planes = {name: r.plane for name, r in reports.items() if r.plane is not None}
     if planes:
         size = (5.5 * len(planes), 4.5)
-        figure, axes = plt.subplots(
-            1, len(planes), figsize=size, layout="constrained", squeeze=False
-        )
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(planes), squeeze=False)
         low = min(plane.losses.min().item() for plane in planes.values())
         high = max(plane.losses.max().item() for plane in planes.values())
         for axis, (name, plane) in zip(axes[0], planes.items(), strict=True):
@@ -183,5 +180,5 @@ def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:
             axis.plot(0, 0, "w+")
             axis.set_title(name)
         figure.colorbar(filled, ax=axes, label="loss")
-        save("plane.png")
+        save(figure, "plane.png")
     return written

@@ -151,12 +151,10 @@ def print_suggestions(suggestions: Mapping[str, Suggestion], files: Sequence[Pat
 
 def plot(suggestions: Mapping[str, Suggestion], path: Path) -> None:
     """The rise of the loss over sigma, both as logarithms."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
     for number, (name, suggestion) in enumerate(suggestions.items()):
         found, color = suggestion.found, f"C{number}"
         shown = [point for point in found.curve if 0 < point.rise < float("inf")]
@@ -180,7 +178,6 @@ def plot(suggestions: Mapping[str, Suggestion], path: Path) -> None:
     axis.set_xlabel(f"sigma, in {unit}; dashed: sigma²/2 · trace")
     axis.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

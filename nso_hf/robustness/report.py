@@ -71,23 +71,14 @@ def survival_rows(
 
 def plot_rows(measured: Rows, path: Path) -> Path:
     """All checkpoints on one scale, a panel for each kind of change."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     every = [row for rows in measured.values() for row in rows]
     by_accuracy = all(row.accuracy is not None for row in every)
     kinds = list(dict.fromkeys(row.kind for row in every if row.strength is not None))
     panels = list(dict.fromkeys(kind.partition(" in groups")[0] for kind in kinds)) or ["none"]
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(1 + 3.6 * len(panels), 4),
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
-    )
+    figure = Figure(figsize=(1 + 3.6 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axis, panel in zip(axes[0], panels, strict=True):
         shown = [kind for kind in kinds if kind.partition(" in groups")[0] == panel]
         for number, (name, rows) in enumerate(measured.items()):
@@ -115,5 +106,4 @@ def plot_rows(measured: Rows, path: Path) -> Path:
     ncols = max(1, min(4, len(measured) * 2, fitting))
     figure.legend(loc="outside upper center", ncols=ncols, fontsize="small")
     figure.savefig(path, dpi=120, bbox_inches="tight")  # of a name wider than all panels too
-    plt.close(figure)
     return path

@@ -30,10 +30,7 @@ def plot_training(
     if results.get("plain"):
         logs["plain"] = results["plain"]["log"]
     log = results["log"]
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     panels = [name for name in titles if _series(log, name)[0]]
     if not panels:  # a run shorter than logging_steps
@@ -41,9 +38,8 @@ def plot_training(
     measured = _measured(logs)
     bars = _CURVATURE if len(measured) > 1 else {}
     count = len(panels) + len(bars)
-    figure, axes = plt.subplots(
-        1, count, figsize=(4.2 * count, 3.5), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4.2 * count, 3.5), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)
     for axis, name in zip(axes[0], panels, strict=False):
         _draw_series(axis, name, logs)
         axis.set_title(titles[name])
@@ -57,7 +53,6 @@ def plot_training(
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(f"{title} ± its error")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def measured_before(log: Log) -> dict[str, float] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from nso_hf.tasks.clip.encoding import Encoded
@@ -255,11 +255,10 @@ def test_the_picture_of_retrieval_holds_captions_and_says_what_frames_mean(tmp_p
         loss=0.0,
     )
     drawn = []
-    close = plt.close
-    monkeypatch.setattr(plt, "close", drawn.append)
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **o: (save(f, *a, **o), drawn.append(f)))
     plot_retrieval(encoded, pairs, tmp_path / "x.png", found=4)
-    figure = drawn[0]
-    close(figure)
+    (figure,) = drawn
     assert "4 images" in figure.get_suptitle() and "Green frame" in figure.get_suptitle()
     texts = [text for axis in figure.axes for text in axis.texts]
     shown = ["".join(text.get_text().split()) for text in texts]

@@ -30,7 +30,7 @@ from nso_hf.running.comparison.plan import Record, Run
 from nso_hf.running.comparison.records import record_of
 from nso_hf.running.program import run as run_program
 
-_IMPORTED = ["nso_hf.trainer", "nso_hf.running.results", "peft", "sklearn", "matplotlib.pyplot"]
+_IMPORTED = ["nso_hf.trainer", "nso_hf.running.results", "peft", "sklearn", "matplotlib.figure"]
 _SECONDS_TO_END = 10
 
 

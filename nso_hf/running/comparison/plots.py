@@ -130,19 +130,14 @@ def _line(axis: Any, of: Sequence[list[Any] | None], measure: str, number: int, 
 
 
 def _panels(rows: int, columns: int) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     size = (4.2 * columns + 2, 3.6 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes
 
 
 def _saved(figure: Any, path: Path) -> list[Path]:
-    from matplotlib import pyplot as plt
-
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return [path]

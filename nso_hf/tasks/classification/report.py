@@ -103,15 +103,11 @@ def _percent(found: Mapping[str, float], name: str) -> str:
 def plot_calibration(results: Mapping[str, Any], path: Path) -> None:
     """Draw accuracy against confidence, on the test examples or else those of validation, and how
     many examples are of which confidence."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     split = _judged_by(results)[-1]
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(4.5, 5.5), layout="constrained", sharex=True, height_ratios=(3, 1)
-    )
+    figure = Figure(figsize=(4.5, 5.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for name, run in _columns(results).items():
         bins, ece = run[split]["calibration"], run[split]["ece"]
@@ -124,4 +120,3 @@ def plot_calibration(results: Mapping[str, Any], path: Path) -> None:
     below.set(xlim=(0, 1.02), xlabel="probability of the predicted class", ylabel="examples")
     below.set_ylim(bottom=0)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -153,10 +153,7 @@ def plot_retrieval(
 ) -> None:
     """Draw whole captions, evenly spaced over the collection, each with the images that score best
     for it; right ones are framed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     found = min(found, len(encoded))
     step = max(1, len(encoded) // queries)
@@ -166,14 +163,14 @@ def plot_retrieval(
     images = {i: read_image(pair.image) for i, pair in enumerate(pairs) if i in wanted}
     captions = {row: textwrap.wrap(str(encoded.captions[row]), _LETTERS) for row in rows}
     heights = [max(_INCH, _LINE * (len(lines) + 1)) for lines in captions.values()]
-    figure, axes = plt.subplots(
+    figure = Figure(
+        figsize=(_INCH * (found + 2), sum(heights) + 0.7), dpi=120, layout="constrained"
+    )
+    axes = figure.subplots(
         len(rows),
         found + 1,
-        figsize=(_INCH * (found + 2), sum(heights) + 0.7),
-        dpi=120,
         squeeze=False,
         gridspec_kw={"width_ratios": [2] + [1] * found, "height_ratios": heights},
-        layout="constrained",
     )
     for axis in axes.flat:
         axis.set_xticks([])
@@ -196,24 +193,19 @@ def plot_retrieval(
         fontsize=10,
     )
     figure.savefig(path)
-    plt.close(figure)
 
 
 def plot_wise_ft(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw accuracy elsewhere against that on the task, a panel for each collection, along the
     weights from before training (alpha 0) to after it (1)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     points = sorted(points, key=lambda point: point["alpha"])
     task = [point["zero_shot"] for point in points]
     collections = list(points[0]["also"])
     width = max(5.5, 4 * len(collections))  # inches
-    figure, axes = plt.subplots(
-        1, len(collections), figsize=(width, 4), dpi=120, layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(width, 4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(collections), squeeze=False)
     for axis, name in zip(axes[0], collections, strict=True):
         also = [point["also"][name] for point in points]
         x, xerr, y, yerr = (
@@ -235,4 +227,3 @@ def plot_wise_ft(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes[0, 0].set_ylabel("zero-shot accuracy elsewhere, %")
     figure.suptitle("Weights from before training (0) to after it (1)", fontsize=10)
     figure.savefig(path)
-    plt.close(figure)

@@ -91,22 +91,14 @@ def reconstructed(model: ViTMAEForPreTraining, pixel_values: Tensor) -> tuple[Te
 
 def plot_reconstruction(model: ViTMAEForPreTraining, images: Images, path: Path) -> None:
     """Draw some images, evenly spaced over the collection: whole, masked, and reconstructed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     chosen = range(0, len(images), max(1, len(images) // _SHOWN))[:_SHOWN]
     whole = images.batch(chosen)
     seen, made = reconstructed(model.cpu(), whole)
     rows = {"image": whole, "masked": seen, "reconstructed": made}
-    figure, axes = plt.subplots(
-        len(rows),
-        len(chosen),
-        figsize=(1.2 * len(chosen), 4.2),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(1.2 * len(chosen), 4.2), layout="constrained")
+    axes = figure.subplots(len(rows), len(chosen), squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         shown = images.pixels.shown(pictures).numpy()
         for axis, picture in zip(line, shown, strict=True):
@@ -118,4 +110,3 @@ def plot_reconstruction(model: ViTMAEForPreTraining, images: Images, path: Path)
     ratio = model.config.mask_ratio
     figure.suptitle(f"{images.name}, {ratio:.0%} of the patches masked", fontsize=10)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
