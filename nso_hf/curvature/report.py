@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from nso_hf.curvature.spectrum import Spectrum
 from nso_hf.curvature.stability import NoiseStability
 from nso_hf.curvature.trace import Estimate, Trace, mean_of
 from nso_hf.running.figures import with_error
+
+_LETTERS = 45
+"""Of a line of a title above a panel of 5.5 inches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,7 @@ def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:
     written = []
 
     def save(figure: Any, name: str) -> None:
-        figure.savefig(folder / name, dpi=120)
+        figure.savefig(folder / name, dpi=120, bbox_inches="tight")  # of long names too
         written.append(folder / name)
 
     def one_panel(width: float, height: float) -> tuple[Any, Any]:
@@ -141,7 +145,7 @@ def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_xlabel("trace of the Hessian's block, with standard error")
-    axis.legend()
+    figure.legend(loc="outside upper center")
     save(figure, "traces.png")
 
     spectra = {name: r.spectrum for name, r in reports.items() if r.spectrum is not None}
@@ -154,7 +158,7 @@ def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:
         for name, spectrum in spectra.items():
             axis.semilogy(points, spectrum.density(points, width), label=name)
         axis.set(ylim=(1e-10, 10 / width), xlabel="eigenvalue", ylabel="density")
-        axis.legend()
+        figure.legend(loc="outside upper center")
         save(figure, "spectrum.png")
 
     lines = {name: r.line for name, r in reports.items() if r.line is not None}
@@ -164,7 +168,7 @@ def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:
             axis.plot(line.coordinates, line.losses, ".-", label=name)
         axis.set_xlabel("distance along a random direction, in norms of each filter")
         axis.set_ylabel("loss")
-        axis.legend()
+        figure.legend(loc="outside upper center")
         save(figure, "line.png")
 
     planes = {name: r.plane for name, r in reports.items() if r.plane is not None}
@@ -178,7 +182,7 @@ def plot_reports(reports: Mapping[str, Report], folder: Path) -> list[Path]:
             levels = torch.linspace(low, high, 21).tolist() if high > low else 2
             filled = axis.contourf(plane.coordinates, plane.coordinates, plane.losses.T, levels)
             axis.plot(0, 0, "w+")
-            axis.set_title(name)
+            axis.set_title("\n".join(wrap(name, _LETTERS)), fontsize="medium")
         figure.colorbar(filled, ax=axes, label="loss")
         save(figure, "plane.png")
     return written
