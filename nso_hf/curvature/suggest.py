@@ -176,8 +176,8 @@ def plot(suggestions: Mapping[str, Suggestion], path: Path) -> None:
     axis.set(xscale="log", yscale="log", ylabel="rise of the loss, as a share of it")
     unit = "root mean squares of rows" if found.sigma_scale == "relative" else "units of weights"
     axis.set_xlabel(f"sigma, in {unit}; dashed: sigma²/2 · trace")
-    axis.legend()
-    figure.savefig(path, dpi=120)
+    figure.legend(loc="outside upper center")
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # of long names too
 
 
 def main(argv: Sequence[str] | None = None) -> None:
