@@ -53,14 +53,14 @@ demo-clip: $(VENV)/demo-clip ## pretrain a small CLIP on emoji and their names w
 	rm -rf runs/demo-clip
 	$(BIN)/python recipes/clip_pretraining.py --config recipes/configs/demo_clip.yaml
 
-# A model as small as this one is no faster on two threads, and far slower where something else is at work.
+# One thread each: models as small as these gain little from a second, and lose much where something else is at work.
 demo-images: $(VENV)/demo-images ## a small vision transformer learns digits with two fifths of the labels wrong, with NSO and plainly (under 5 minutes)
 	rm -rf runs/demo-images
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/image_classification.py --config recipes/configs/demo_images.yaml
 
-demo-text: $(VENV)/demo-text ## train a small BERT with NSO and plainly, with 40 % of the labels wrong (two CPU cores: under 5 minutes)
+demo-text: $(VENV)/demo-text ## train a small BERT with NSO and plainly, with 40 % of the labels wrong (under 5 minutes)
 	rm -rf runs/demo-text
-	$(BIN)/python recipes/text_classification.py --config recipes/configs/demo_text.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/text_classification.py --config recipes/configs/demo_text.yaml
 
 test: lint ## lint, types, the quick tests with coverage
 	$(call pytest,$(VENV),-m "not slow",coverage)

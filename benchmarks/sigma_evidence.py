@@ -138,7 +138,7 @@ def plot(tasks: list[Task], path: Path) -> None:
                           markersize=9, label=kind)  # fmt: skip
                 if kind == "auto":
                     for name, sigma, height in zip(names, sigmas, heights, strict=True):
-                        axis.annotate(name.split()[-1], (sigma, height), fontsize=8,
+                        axis.annotate(name.split("rise ")[1], (sigma, height), fontsize=8,
                                       textcoords="offset points", xytext=(4, 5))  # fmt: skip
             axis.set(xscale="log", ylabel=task.title, xlabel=f"sigma, {scale}")
             axis.minorticks_off()
