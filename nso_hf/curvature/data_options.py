@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from nso_hf.curvature.checkpoint import Data
-from nso_hf.refusal import check_integer, check_seed, refusal
+from nso_hf.refusal import Refusal, check_integer, check_seed, refusal
+from nso_hf.running.packages import in_package
 from nso_hf.running.readiness import check_writable
 
 
@@ -20,7 +21,12 @@ def add_data_options(
     """
     add = parser.add_argument
     add(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folders or hub ids; loaded as float32"
+        "checkpoints",
+        nargs="+",
+        type=folder_or_id,
+        metavar="CHECKPOINT",
+        help="folders or hub ids, or package:NAME, the folder of an installed Python package; "
+        "loaded as float32",
     )
     add(
         "--data",
@@ -30,12 +36,24 @@ def add_data_options(
         f"(language models), text and label, or image and label (classifiers){also}",
     )
     add("--split", default=split, help="of a hub id or folder (default: %(default)s)")
-    add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
+    add(
+        "--tokenizer",
+        type=folder_or_id,
+        help="where the tokenizer or image processor is (default: the checkpoint)",
+    )
     add("--gguf_file", help="a GGUF file in the checkpoint, or in the base model of its adapters")
     add("--batch_size", type=int, default=8, help="examples a batch (default: %(default)s)")
     batches = f"batches measured (default: {num_batches}; all of a .pt file)"
     add("--num_batches", type=int, help=batches)
     add("--max_length", type=int, default=512, help="tokens a text (default: %(default)s)")
+
+
+def folder_or_id(text: str) -> str:
+    """A checkpoint that an option names."""
+    try:
+        return in_package(text, "checkpoint")
+    except Refusal as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def check_data_options(options: argparse.Namespace) -> None:

