@@ -522,6 +522,7 @@ CURVATURE: dict[str, Callable[[Path], object]] = {
     "line without its middle": measured(loss_slice, num_points=10),
     "callback of no trainer": lambda folder: CurvatureCallback(tiny_llama()),
     "no such checkpoint": command("{folder}/none"),
+    "no such package of a checkpoint": command("package:not_installed"),
     "one checkpoint twice": command("{folder}/model", "{folder}/model"),
     "no such data": command("--data", "{folder}/none.jsonl"),
     "data of another format": command("--data", "{folder}/rows.txt"),

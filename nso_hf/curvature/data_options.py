@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nso_hf.curvature.checkpoint import Data
-from nso_hf.refusal import Refusal, check_integer, check_seed, refusal
+from nso_hf.refusal import check_integer, check_seed, refusal
 from nso_hf.running.packages import in_package
 from nso_hf.running.readiness import check_writable
 
@@ -20,14 +20,8 @@ def add_data_options(
         also: what else `--data` may be.
     """
     add = parser.add_argument
-    add(
-        "checkpoints",
-        nargs="+",
-        type=folder_or_id,
-        metavar="CHECKPOINT",
-        help="folders or hub ids, or package:NAME, the folder of an installed Python package; "
-        "loaded as float32",
-    )
+    what = "folders, hub ids, or package:NAME for that of an installed package; loaded as float32"
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help=what)
     add(
         "--data",
         required=True,
@@ -36,24 +30,12 @@ def add_data_options(
         f"(language models), text and label, or image and label (classifiers){also}",
     )
     add("--split", default=split, help="of a hub id or folder (default: %(default)s)")
-    add(
-        "--tokenizer",
-        type=folder_or_id,
-        help="where the tokenizer or image processor is (default: the checkpoint)",
-    )
+    add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
     add("--gguf_file", help="a GGUF file in the checkpoint, or in the base model of its adapters")
     add("--batch_size", type=int, default=8, help="examples a batch (default: %(default)s)")
     batches = f"batches measured (default: {num_batches}; all of a .pt file)"
     add("--num_batches", type=int, help=batches)
     add("--max_length", type=int, default=512, help="tokens a text (default: %(default)s)")
-
-
-def folder_or_id(text: str) -> str:
-    """A checkpoint that an option names."""
-    try:
-        return in_package(text, "checkpoint")
-    except Refusal as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def check_data_options(options: argparse.Namespace) -> None:
@@ -80,7 +62,7 @@ def data_of(options: argparse.Namespace, checkpoint: str, *, num_batches: int) -
     return Data(
         path=options.data,
         split=options.split,
-        tokenizer=options.tokenizer or checkpoint,
+        tokenizer=in_package(options.tokenizer or checkpoint, "tokenizer"),
         gguf_file=options.gguf_file,
         batch_size=options.batch_size,
         num_batches=options.num_batches or (None if is_saved else num_batches),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from nso_hf.refusal import Refusal, needs, refusal
+from nso_hf.running.packages import in_package
 
 _TASKS = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -31,6 +32,7 @@ def check_checkpoint(path: str, gguf_file: str | None = None) -> None:
     Raises:
         ValueError: it is no folder of a model, and no id of one.
     """
+    path = in_package(path, "checkpoint")
     folder = Path(path)
     if path.startswith((".", "/")) and not folder.is_dir():
         raise refusal("checkpoint", path, "no such folder", "Check the path")
@@ -47,7 +49,7 @@ def check_checkpoint(path: str, gguf_file: str | None = None) -> None:
 def load_checkpoint(path: str, gguf_file: str | None = None) -> PreTrainedModel:
     """The model of a checkpoint in float32, its adapters trainable where it has them."""
     check_checkpoint(path, gguf_file)
-    options = _reading(gguf_file)
+    path, options = in_package(path, "checkpoint"), _reading(gguf_file)
     if (Path(path) / "adapter_config.json").is_file():
         return _with_adapter(path, options)
     return _load(_own_class(path, options), path, options)

@@ -25,7 +25,6 @@ from nso_hf.curvature.data_options import (
     as_json,
     check_data_options,
     data_of,
-    folder_or_id,
 )
 from nso_hf.curvature.loading import check_checkpoint, load_checkpoint
 from nso_hf.refusal import check_positive, needs, refusal
@@ -61,7 +60,6 @@ def parser() -> argparse.ArgumentParser:
     add("--merge", action="store_true", help="measure the average of the checkpoints too")
     add(
         "--base",
-        type=folder_or_id,
         help="where their training began: measure base + scale * sum(checkpoint - base) too",
     )
     add(

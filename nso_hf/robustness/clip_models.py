@@ -8,6 +8,7 @@ from torch import nn
 
 from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import needs, refusal
+from nso_hf.running.packages import in_package
 from nso_hf.tasks.clip.checkpoint import is_clip, is_of_open_clip, name_of
 from nso_hf.tasks.clip.options import DataOptions, EvaluationOptions
 
@@ -57,6 +58,7 @@ def load_clip_model(checkpoint: str) -> "ClipModel":
     Raises:
         ValueError: no model or no weights can be read.
     """
+    checkpoint = in_package(checkpoint, "checkpoint")
     if is_of_open_clip(checkpoint):
         from nso_hf.tasks.clip.models import load_clip
 

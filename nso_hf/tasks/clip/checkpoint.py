@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from nso_hf.running.packages import in_package
+
 CONFIG_NAME = "open_clip_config.json"
 _SCHEMES = ("local-dir:", "hf-hub:")
 
@@ -25,7 +27,8 @@ def is_of_transformers(checkpoint: str) -> bool:
 
 
 def is_clip(checkpoint: str) -> bool:
-    """Whether it is one of the two."""
+    """Whether it is one of the two, or package:NAME of one."""
+    checkpoint = in_package(checkpoint, "checkpoint")
     return is_of_open_clip(checkpoint) or is_of_transformers(checkpoint)
 
 
