@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nso_hf.backends import Weight
-from nso_hf.step.noise import Noise, block_size
+from nso_hf.step.noise import BLOCK, Noise
 from nso_hf.step.side_effects import random_state_kept
 from tests.methods.equations import OPTIONS, SHARED, learning_rate
 from tests.reference import config, largest_difference, tiny_llama, token_data, train
@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def test_noise_is_drawn_where_the_weight_is():
-    data = torch.zeros(2 * block_size(torch.device("cuda")) + 5, device="cuda")
+    data = torch.zeros(2 * BLOCK + 5, device="cuda")
     weight = Weight("w", 0, torch.nn.Parameter(data), data, 0, data.shape)
     noise = Noise(0, 0, 0, 1.0)
     noise.add_to([weight])

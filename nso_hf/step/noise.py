@@ -2,7 +2,7 @@
 every replica.
 
 On GPUs it is that of `nso_hf.step.counter`. Elsewhere a weight of n elements is cut into blocks of
-`block_size` elements, counted from the start of the whole (unsharded) tensor. Each block has a
+`BLOCK` elements, counted from the start of the whole (unsharded) tensor. Each block has a
 generator of its own, so that any part of the noise can be drawn anywhere, in any order and in
 parallel, and the global random state is never touched.
 """
@@ -20,6 +20,9 @@ from torch import Generator, Tensor
 
 from nso_hf.backends import Weight
 from nso_hf.step import counter
+
+BLOCK = 2**17
+"""Elements drawn from one generator: so many that threads seldom wait for the interpreter."""
 
 
 def _normal(u: Tensor, generator: Generator) -> Tensor:
@@ -55,12 +58,6 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
 }
 """Name -> sampler that fills a float32 tensor with independent draws of mean 0 and variance 1,
 symmetric about 0."""
-
-
-def block_size(device: torch.device) -> int:
-    """Elements drawn from one generator: a cache-sized block on the CPU, enough to fill a kernel
-    elsewhere."""
-    return 2**15 if device.type == "cpu" else 2**18
 
 
 def block_seed(seed: int, step: int, draw: int, weight: int, block: int) -> int:
@@ -125,12 +122,15 @@ class Noise:
 
     def _add_blocks(self, blocks: "list[tuple[Tensor, Weight, int]]") -> None:
         for flat, weight, block in blocks:
-            origin = block * block_size(flat.device)
-            noise = self.block(weight, block)
-            first = max(origin, weight.start)  # positions in the whole tensor
-            end = min(origin + noise.numel(), weight.start + flat.numel())
-            part = self.scaled(noise[first - origin : end - origin], weight, first)
-            flat[first - weight.start : end - weight.start].add_(part, alpha=self.std)
+            self._add_block(flat, weight, block)
+
+    def _add_block(self, flat: Tensor, weight: Weight, block: int) -> None:
+        origin = block * BLOCK
+        noise = self.block(weight, block)
+        first = max(origin, weight.start)  # positions in the whole tensor
+        end = min(origin + noise.numel(), weight.start + flat.numel())
+        part = self.scaled(noise[first - origin : end - origin], weight, first)
+        flat[first - weight.start : end - weight.start].add_(part, alpha=self.std)
 
     def factors(self, weight: Weight) -> tuple[Tensor, int] | None:
         """What U/std is multiplied by, and how many elements in a row share one of these; after the
@@ -144,20 +144,19 @@ class Noise:
     def block(self, weight: Weight, block: int) -> Tensor:
         """One whole block of U/std in float32, wherever the shard begins: the last block of a
         weight ends with it."""
-        size = block_size(weight.data.device)
         generator = Generator(weight.data.device).manual_seed(
             block_seed(self.seed, self.step, self.draw, weight.index, block)
         )
         empty = torch.empty(
-            min(size, weight.numel - block * size), dtype=torch.float32, device=weight.data.device
+            min(BLOCK, weight.numel - block * BLOCK), dtype=torch.float32, device=weight.data.device
         )
         return DISTRIBUTIONS[self.distribution](empty, generator)
 
 
 def _blocks_of(weight: Weight) -> range:
     """The blocks of the whole tensor that overlap the local part of `weight`."""
-    size, stop = block_size(weight.data.device), weight.start + weight.data.numel()
-    return range(weight.start // size, math.ceil(stop / size) if weight.data.numel() else 0)
+    stop = weight.start + weight.data.numel()
+    return range(weight.start // BLOCK, math.ceil(stop / BLOCK) if weight.data.numel() else 0)
 
 
 @cache

@@ -10,10 +10,9 @@ import torch
 
 from nso_hf.backends import Weight
 from nso_hf.step import counter
-from nso_hf.step.noise import DISTRIBUTIONS, Noise, block_size
+from nso_hf.step.noise import BLOCK, DISTRIBUTIONS, Noise
 from tests.reference import DEVICE
 
-BLOCK = block_size(torch.device("cpu"))
 in_blocks = pytest.mark.skipif(counter.serves(DEVICE.type), reason="Triton draws here")
 
 
@@ -27,7 +26,7 @@ def weight(numel, index=0, start=0, local=None, dtype=torch.float32):
     [("normal", 3, 15), ("uniform", 1.8, 27 / 7), ("laplace", 6, 90), ("rademacher", 1, 1)],
 )
 def test_moments(distribution, kurtosis, sixth):
-    n = 20 * BLOCK
+    n = 5 * BLOCK
     w = weight(n)
     Noise(0, 0, 0, 2.0, distribution).add_to([w])
     u = w.data.double() / 2
@@ -54,7 +53,7 @@ def test_noise_is_the_hash_seeded_generator_of_each_block():
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_shards_of_any_size_hold_the_same_noise(distribution):
-    n = 3 * BLOCK + 1234
+    n = BLOCK + 1234
     noise = Noise(0, 1, 0, 1.0, distribution)
     whole = weight(n)
     noise.add_to([whole])
@@ -113,7 +112,7 @@ def test_layout_and_dtype_of_the_weight_do_not_matter():
 
 def test_global_random_state_is_untouched():
     before = torch.get_rng_state()
-    Noise(0, 0, 0, 1.0).add_to([weight(3 * BLOCK)])
+    Noise(0, 0, 0, 1.0).add_to([weight(BLOCK)])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -147,6 +146,6 @@ def test_an_interrupt_waits_for_the_threads(monkeypatch):
     monkeypatch.setattr(Noise, "_add_blocks", slow)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(KeyboardInterrupt):
-        Noise(0, 0, 0, 1.0).add_to([weight(64 * BLOCK)])
+        Noise(0, 0, 0, 1.0).add_to([weight(16 * BLOCK)])
     assert running == [True, "done"]
     assert module._pool(2)._work_queue.empty()

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from benchmarks.allocations import CountAllocations
 from nso_hf import NSOTrainer
 from nso_hf.backends import select
-from nso_hf.step.noise import Noise
+from nso_hf.step.noise import BLOCK, Noise
 from nso_hf.step.perturbation import Perturbation, borrowed
 from tests.reference import config, tiny_llama, token_data, train
 
@@ -174,7 +174,8 @@ def test_memory_of_one_copy(tmp_path, backup):
                 used.move_to(Noise(0, 0, 0, 0.1), -sign)
                 used.park(thoroughly=False)
     # A block of noise for each thread beside it, or two pieces of 2^16 elements.
-    assert copy <= allocations.peak <= 1.03 * copy
+    beside = 4 * max(torch.get_num_threads() * BLOCK, 2 * 2**16)
+    assert copy <= allocations.peak <= copy + beside
 
 
 def test_training_is_the_same_with_the_backup_on_the_cpu(tmp_path):
