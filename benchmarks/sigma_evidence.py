@@ -9,10 +9,9 @@ sigma, with the sigmas that were found by a rise of the loss.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from nso_hf.running.figures import with_error
 
@@ -26,7 +25,12 @@ TASKS = {
     "sigma_text": "few texts: accuracy, %",
     "sigma_chain_of_thought": "chain of thought: loss",
 }
-Row = Mapping[str, Any]
+MARKS: Mapping[str, tuple[str, Callable[[str], bool]]] = {
+    "auto": ("*", lambda method: method.startswith("auto") and "start" not in method),
+    "auto, after a start": ("d", lambda method: method.startswith("auto") and "start" in method),
+    "held": ("^", lambda method: method.startswith("held")),
+}
+"""Of the picture."""
 
 
 class Task:
@@ -83,8 +87,12 @@ def _found(task: str, method: str) -> float | None:
     return fmean(sigmas) if sigmas and method.startswith(("auto", "held")) else None
 
 
-def lines(tasks: list[Task]) -> Iterator[str]:
-    """Of the table."""
+def table(tasks: list[Task]) -> str:
+    """In Markdown: a row for each way of choosing sigma, a column for each task."""
+    return "".join(f"{line}\n" for line in _lines(tasks))
+
+
+def _lines(tasks: list[Task]) -> Iterator[str]:
     yield "| sigma | " + " | ".join(task.title for task in tasks) + " |"
     yield "|---" * (len(tasks) + 1) + "|"
     yield _line("plain", [_cell(task, "plain") for task in tasks])
@@ -95,9 +103,16 @@ def lines(tasks: list[Task]) -> Iterator[str]:
             name = max(names, key=lambda name: task.sign * task.mean(name))
             cells.append(f"{_cell(task, name)} ({name.split()[1]})")
         yield _line(f"best of the grid, {scale}", cells)
-    found = list(dict.fromkeys(n for task in tasks for n, s in task.found.items() if s is not None))
-    for name in found:
+    found = {name for task in tasks for name, sigma in task.found.items() if sigma is not None}
+    for name in sorted(found, key=_order):
         yield _line(name, [_cell(task, name, with_sigma=True) for task in tasks])
+
+
+def _order(method: str) -> tuple[str, float, float]:
+    """Of "auto, absolute, rise 0.02, start 0.1": how and in what units, the start, the rise."""
+    kind, scale, *options = method.split(", ")
+    numbers = dict(option.split() for option in options)
+    return f"{kind}, {scale}", float(numbers.get("start", 0)), float(numbers["rise"])
 
 
 def _line(name: str, cells: list[str]) -> str:
@@ -130,16 +145,16 @@ def plot(tasks: list[Task], path: Path) -> None:
             axis.errorbar(list(grid), means, yerr=errors, fmt="o-", capsize=3, label="grid")
             plain, error = task.mean("plain"), task.stderr("plain")
             axis.axhspan(plain - error, plain + error, color="0.9", label="plain")
-            for kind, marker in (("auto", "*"), ("held", "^")):
-                names = [n for n in task.values if n.startswith(f"{kind}, {scale}")]
-                sigmas = [task.found[name] for name in names]
-                heights = [task.mean(name) for name in names]
-                axis.plot(sigmas, heights, marker, color="C1" if kind == "auto" else "C2",
-                          markersize=9, label=kind)  # fmt: skip
-                if kind == "auto":
-                    for name, sigma, height in zip(names, sigmas, heights, strict=True):
-                        axis.annotate(name.split("rise ")[1], (sigma, height), fontsize=8,
-                                      textcoords="offset points", xytext=(4, 5))  # fmt: skip
+            for number, (title, (marker, belongs)) in enumerate(MARKS.items(), 1):
+                names = [name for name in task.values if belongs(name) and f", {scale}," in name]
+                for name in names:
+                    point = (task.found[name], task.mean(name))
+                    is_first = name == names[0]
+                    axis.plot(*point, marker, color=f"C{number}", markersize=8,
+                              label=title if is_first else None)  # fmt: skip
+                    rise = name.split("rise ")[1].split(",")[0]
+                    axis.annotate(rise, point, fontsize=7, color=f"C{number}",
+                                  textcoords="offset points", xytext=(4, -11 if marker == "^" else 5))  # fmt: skip
             axis.set(xscale="log", ylabel=task.title, xlabel=f"sigma, {scale}")
             axis.minorticks_off()
             axis.set_xticks(list(grid), [f"{sigma:g}" for sigma in grid])
@@ -149,13 +164,22 @@ def plot(tasks: list[Task], path: Path) -> None:
     plt.close(figure)
 
 
+def tasks() -> list[Task]:
+    """Those that were run."""
+    return [Task(name) for name in TASKS if (RESULTS / name / "results.json").exists()]
+
+
+def with_table(page: str, table: str) -> str:
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table}{END}{after}"
+
+
 def main() -> None:
-    tasks = [Task(name) for name in TASKS if (RESULTS / name / "results.json").exists()]
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
-    _, _, after = rest.partition(f"{END}\n")
-    table = "\n".join(lines(tasks))
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}\n{after}", encoding="utf-8")
-    plot(tasks, ROOT / "docs" / "sigma_evidence.png")
+    found = tasks()
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(with_table(page, table(found)), encoding="utf-8")
+    plot(found, ROOT / "docs" / "sigma_evidence.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The tables of docs/evidence.md and docs/performance.md are what the committed runs say."""
+"""The tables of docs are what the committed runs say."""
 
 import json
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_rel
 
+from benchmarks import sigma_evidence
 from benchmarks.evidence import PAGES, RESULTS, ROOT, with_tables
 from nso_hf.running.comparison.description import read_comparison
 from nso_hf.running.comparison.plan import cells, missing
@@ -19,6 +21,28 @@ FILES = sorted((ROOT / "benchmarks" / "comparisons").glob("*.yaml"))
 def test_the_tables_are_those_of_the_results(file):
     page = file.read_text(encoding="utf-8")
     assert "<!-- end -->" in page and with_tables(page) == page, "python -m benchmarks.evidence"
+
+
+def test_the_table_of_sigmas_is_that_of_the_results():
+    page = sigma_evidence.PAGE.read_text(encoding="utf-8")
+    table = sigma_evidence.table(sigma_evidence.tasks())
+    assert sigma_evidence.with_table(page, table) == page, "python -m benchmarks.sigma_evidence"
+
+
+def test_bold_is_within_one_standard_error_of_the_paired_difference():
+    for task in sigma_evidence.tasks():
+        best = task.values[task.best()]
+        assert all(
+            task.sign * (task.mean(task.best()) - task.mean(n)) >= 0
+            for s in ("absolute", "relative")
+            for n in task.grid(s).values()
+        )
+        for method, values in task.values.items():
+            if method != task.best():
+                seeds = sorted(values.keys() & best.keys())
+                t = ttest_rel([values[s] for s in seeds], [best[s] for s in seeds]).statistic
+                is_worse = task.sign * t < -1  # t is NaN where all are equal
+                assert task.is_as_good(method) != is_worse, (task.name, method)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
