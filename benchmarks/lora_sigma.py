@@ -56,12 +56,12 @@ def shaken(model: Any, sigma: float, is_relative: bool) -> float:
 
 
 @torch.no_grad()
-def measured(model: Any, batches: list[Any]) -> dict[str, dict[str, float]]:
+def measured(model: Any, batches: list[Any], rise: float = RISE) -> dict[str, dict[str, float]]:
     """Scale -> figures."""
     figures = {}
     for scale in ("absolute", "relative"):
         options: dict[str, Any] = {"sigma_scale": scale, "num_samples": SAMPLES}
-        found = find_sigma(model, batches, rise=RISE, **options)
+        found = find_sigma(model, batches, rise=rise, **options)
         figures[scale] = {"loss": found.loss, "sigma": found.sigma, "stderr": found.stderr}
         for factor in "AB" if scale == "absolute" else "":  # or its floor would be its own
             alone = noise_stability(

@@ -153,8 +153,9 @@ def plot(tasks: list[Task], path: Path) -> None:
                     axis.plot(*point, marker, color=f"C{number}", markersize=8,
                               label=title if is_first else None)  # fmt: skip
                     rise = name.split("rise ")[1].split(",")[0]
+                    beside = (4, -11 if title == "held" else 5)
                     axis.annotate(rise, point, fontsize=7, color=f"C{number}",
-                                  textcoords="offset points", xytext=(4, -11 if marker == "^" else 5))  # fmt: skip
+                                  textcoords="offset points", xytext=beside)  # fmt: skip
             axis.set(xscale="log", ylabel=task.title, xlabel=f"sigma, {scale}")
             axis.minorticks_off()
             axis.set_xticks(list(grid), [f"{sigma:g}" for sigma in grid])
