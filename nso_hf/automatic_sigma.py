@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -24,6 +26,17 @@ _HIGHEST = 10.0  # times the target: a rise counts as no more
 _FARTHEST = 10.0  # times the sigma that was found
 
 
+def _without_statistics(model: nn.Module | None) -> str | None:
+    """A BatchNorm whose running mean and variance are still 0 and 1."""
+    for name, module in model.named_modules() if model is not None else ():
+        if isinstance(module, _BatchNorm):
+            mean, variance = module.running_mean, module.running_var
+            is_kept = mean is not None and variance is not None
+            if is_kept and not mean.any() and bool((variance == 1).all()):
+                return str(name)
+    return None
+
+
 class AutomaticSigma:
     """The sigma in use where `sigma` is "auto"."""
 
@@ -41,8 +54,13 @@ class AutomaticSigma:
         """Find it on the first batches of the training data, in all processes together.
 
         Raises:
-            ValueError: there is no such sigma, or no batch to find it on.
+            ValueError: there is no such sigma, or no batch to find it on, or BatchNorm has no
+                statistics yet for the evaluation mode in which it is measured.
         """
+        if name := _without_statistics(trainer.model):
+            rule = f"it is found in evaluation mode, and {name} has met no batch for that yet"
+            cure = "Set start, such as 0.1, for plain steps before, or a number"
+            raise refusal("sigma", AUTO, rule, cure)
         names = [f"^{re.escape(weight.name)}$" for weight in weights]
         try:
             found = find_sigma(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from transformers import HfArgumentParser, TrainerCallback
 
 from nso_hf import NSOConfig, NSOTrainer
@@ -69,6 +70,30 @@ def test_resume_is_bit_equal(tmp_path, options):
     two.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert largest_difference(whole, halves) == 0
     assert logged(one, "nso/sigma") == logged(two, "nso/sigma")
+
+
+class Normalised(nn.Module):
+    """The logits of a classifier of 10 features, by BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.head = nn.BatchNorm1d(10), nn.Linear(10, 3)
+
+    def forward(self, features, labels):
+        return {"loss": nn.functional.cross_entropy(self.head(self.norm(features)), labels)}
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_batch_norm_needs_statistics_first(tmp_path, is_learned):
+    features = 5 * torch.randn(40, 10, generator=torch.Generator().manual_seed(0)) + 1
+    data = [{"features": row, "labels": (row[0] > 1).long()} for row in features]
+    if is_learned:
+        trainer = train(Normalised(), data, automatic(tmp_path, max_steps=4, start=0.5))
+        assert logged(trainer, "nso/sigma")[0] > 0
+    else:
+        with pytest.raises(ValueError, match=r"norm has met no batch.*Set start"):
+            train(Normalised(), data, automatic(tmp_path, max_steps=4))
 
 
 def test_a_second_training_finds_its_own(tmp_path):
