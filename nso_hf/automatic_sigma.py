@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
@@ -31,8 +32,9 @@ def _without_statistics(model: nn.Module | None) -> str | None:
     for name, module in model.named_modules() if model is not None else ():
         if isinstance(module, _BatchNorm):
             mean, variance = module.running_mean, module.running_var
-            is_kept = mean is not None and variance is not None
-            if is_kept and not mean.any() and bool((variance == 1).all()):
+            if mean is None or variance is None:
+                continue
+            if not mean.any() and torch.all(variance == 1):
                 return str(name)
     return None
 
