@@ -2,7 +2,8 @@
 
 import sys
 from importlib import import_module
-from pathlib import Path
+
+from nso_hf.running.launching import accelerate_configs
 
 COMMANDS = {
     "cot": ("nso_hf.recipes.cot_finetuning", "fine-tune a language model on chains of thought"),
@@ -10,14 +11,16 @@ COMMANDS = {
     "mae": ("nso_hf.recipes.mae_pretraining", "pretrain a masked autoencoder on images"),
     "images": ("nso_hf.recipes.image_classification", "train a classifier of images"),
     "text": ("nso_hf.recipes.text_classification", "train a classifier of texts"),
+    "sft": ("nso_hf.integrations.trl", "TRL's script for supervised fine-tuning, with NSO"),
+    "dpo": ("nso_hf.integrations.trl", "TRL's script for direct preference optimization, with NSO"),
+    "kto": ("nso_hf.integrations.trl", "TRL's script for KTO, with NSO"),
+    "reward": ("nso_hf.integrations.trl", "TRL's script for reward models, with NSO"),
     "compare": ("nso_hf.recipes.compare", "compare methods over settings and seeds"),
     "robustness": ("nso_hf.robustness.__main__", "measure what survives changes to the weights"),
     "sigma": ("nso_hf.curvature.suggest", "find the sigma that raises the loss by so much"),
     "curvature": ("nso_hf.curvature.__main__", "measure and compare checkpoints"),
 }
 """Name -> the module whose `main` it is, and what it does."""
-
-_CONFIGS = "accelerate_configs"  # in the package where it is installed, beside it in a checkout
 
 
 def usage() -> str:
@@ -40,14 +43,12 @@ def usage() -> str:
 
 def accelerate_config(names: list[str]) -> str:
     """The path of a configuration that is installed with the library; without a name, all names."""
-    package = Path(__file__).parent
-    folder = next(f for f in (package, package.parent) if (f / _CONFIGS).is_dir()) / _CONFIGS
-    there = sorted(path.stem for path in folder.glob("*.yaml"))
+    there = accelerate_configs()
     if not names:
         return "\n".join(there)
     if len(names) > 1 or names[0] not in there:
         fail(f"accelerate-config={' '.join(names)!r}: unknown. Choose one of {', '.join(there)}.")
-    return str(folder / f"{names[0]}.yaml")
+    return str(there[names[0]])
 
 
 def fail(message: str) -> None:

@@ -168,7 +168,7 @@ def test_editors_and_mypy_see_the_parameters(tmp_path):
         "from nso_hf import NSOConfig, NSOTrainer\n"
         "NSOTrainer(modle=None)\n"
         "NSOConfig(output_dir='out', sgima=0.1)\n"
-        "NSOConfig(output_dir='out', sigma='big')\n"
+        "NSOConfig(output_dir='out', num_perturbations='two')\n"
     )
     command = [
         sys.executable,
@@ -187,4 +187,4 @@ def test_editors_and_mypy_see_the_parameters(tmp_path):
     assert "Success" in checked["right"], checked["right"]
     assert 'Unexpected keyword argument "modle"' in checked["wrong"]
     assert 'Unexpected keyword argument "sgima"' in checked["wrong"]
-    assert 'Argument "sigma"' in checked["wrong"]
+    assert 'Argument "num_perturbations"' in checked["wrong"]

@@ -26,6 +26,7 @@ BESIDE = {
     "curvature": {"refusal", "backends", "step", "running"},
     "robustness": {"refusal", "curvature", "running", "tasks"},
     "deep_lora": {"refusal"},
+    "integrations": {*ENGINE, "running"},
     "tasks": {*ENGINE, "running", "companions", "curvature", "robustness", "deep_lora"},
 }
 """And what stands beside the engine imports only these."""
