@@ -9,6 +9,7 @@ checkpoint.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--slice_extent", type=float, default=0.5, help="in filter norms (default: %(default)s)")
     add("--hvp", choices=HVPS, default="auto", help="how products are had (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of all random vectors (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of examples and random vectors (default: %(default)s)")
     add("--output", type=folder, default=Path("curvature"), help="folder (default: %(default)s)")
     return made
 
@@ -90,7 +91,9 @@ def check(options: argparse.Namespace) -> None:
 def measure(checkpoint: str, options: argparse.Namespace) -> Report:
     """All measurements of one checkpoint."""
     model = load_checkpoint(checkpoint, options.gguf_file)
-    batches = data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
+    sample = data_of(options, checkpoint, num_batches=_BATCHES).sample(model)
+    print(f"{checkpoint}: {sample}", file=sys.stderr, flush=True)
+    batches = sample.batches
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     shared = {"params": params_of(options), "seed": options.seed}

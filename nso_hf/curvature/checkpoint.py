@@ -1,9 +1,8 @@
 """The batches that the command line measures a checkpoint on, from a data set."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,43 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import Refusal, refusal
+from nso_hf.running.sampling import drawn, places
 from nso_hf.running.tables import SUFFIXES, is_table, rows
 
 Row = Mapping[str, Any]
 Collate = Callable[[list[Row]], Batch]
 """Of rows."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a checkpoint is measured on."""
+
+    batches: list[Batch]
+    total: int | None = None
+    """Examples that there are; None of saved batches."""
+    num_classes: int | None = None
+    """That the model tells apart; None where it is no classifier."""
+
+    @property
+    def classes(self) -> int:
+        """That occur in it."""
+        return len({label for batch in self.batches for label in batch["labels"].tolist()})
+
+    @property
+    def number(self) -> int:
+        return sum(len(next(iter(batch.values()))) for batch in self.batches)
+
+    def as_json(self) -> dict[str, int | None]:
+        classes = None if self.num_classes is None else self.classes
+        return {"examples": self.number, "of": self.total, "classes": classes}
+
+    def __str__(self) -> str:
+        of = "" if self.total in (None, self.number) else f" of {self.total:,}, drawn at random"
+        text = f"{self.number:,} examples{of}"
+        if self.num_classes is not None:
+            text += f"; {self.classes} of {self.num_classes} classes"
+        return text
 
 
 @dataclass(frozen=True)
@@ -34,25 +65,32 @@ class Data:
     num_batches: int | None
     """None for all."""
     max_length: int
+    seed: int
+    """Of the examples, where there are more than these."""
 
-    def batches(self, model: PreTrainedModel) -> list[Batch]:
-        """The first batches for `model`: of a .pt file as they are, of a data set by the columns
-        that the kind of model needs."""
+    def sample(self, model: PreTrainedModel) -> Sample:
+        """Batches for `model`: of a .pt file the first as they are, of a data set examples drawn
+        from all of it, by the columns that the kind of model needs."""
         if Path(self.path).suffix == ".pt":
-            return self._saved(model)
+            return Sample(self._saved(model))
         adapted: Any = model
         inner = adapted.get_base_model() if hasattr(model, "get_base_model") else model
         columns, collate = self._reading(inner)
-        rows = self._rows()
+        rows, total, classes = self._rows()
         if not any(set(names) <= set(rows[0]) for names in columns):
             wanted = " or ".join(" and ".join(names) for names in columns)
             rule = f"it has the columns {', '.join(rows[0])}"
             raise refusal("data", self.path, rule, f"Name them {wanted}")
+        is_classifier = any("label" in names for names in columns)
+        if is_classifier and classes is not None:
+            rows = self._by_name(rows, classes, inner)
         starts = range(0, len(rows), self.batch_size)
         batches = [collate(rows[start : start + self.batch_size]) for start in starts]
         self._check_vocabulary(model, batches)
         taken = inspect.signature(inner.forward).parameters  # a tokenizer may know more
-        return [{name: it for name, it in batch.items() if name in taken} for batch in batches]
+        read: list[Batch] = [{n: it for n, it in batch.items() if n in taken} for batch in batches]
+        num_labels: int = inner.config.num_labels or 0
+        return Sample(read, total, num_labels if is_classifier and num_labels > 1 else None)
 
     def _saved(self, model: PreTrainedModel) -> list[Batch]:
         if not Path(self.path).is_file():
@@ -101,11 +139,13 @@ class Data:
         cure = "Pass a .pt file, torch.save([batch, ...]), of what the model takes"
         raise refusal("data", self.path, rule, cure)
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> tuple[list[Row], int, list[str] | None]:
+        """Some, how many there are, and the names of the classes where these are numbers."""
         number = None if self.num_batches is None else self.batch_size * self.num_batches
         path = Path(self.path)
         if is_table(path):
-            return list(islice(rows(path), number))
+            some, total = drawn(rows(path), number, self.seed)
+            return list(some), total, None
         if self.path.startswith((".", "/")) and not path.exists():
             raise refusal("data", self.path, "no such file or folder", "Check the path")
         if path.is_file():
@@ -118,14 +158,36 @@ class Data:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise refusal("data", self.path, reason, "Check the name and --split") from error
         found: list[Row] = []
-        try:
-            found.extend(islice(loaded, number))
-        except (OSError, ValueError) as error:  # of an image that is broken
-            rule = f"row {len(found) + 1} cannot be read ({error})"
-            raise refusal("data", self.path, rule, "Replace it, or leave it out") from error
+        for place in places(number, len(loaded), self.seed):
+            try:
+                found.append(loaded[place])
+            except (OSError, ValueError) as error:  # of an image that is broken
+                rule = f"row {place + 1} cannot be read ({error})"
+                raise refusal("data", self.path, rule, "Replace it, or leave it out") from error
         if not found:
             raise refusal("data", self.path, "it is empty", "Use another split or file")
-        return found
+        return found, len(loaded), getattr(loaded.features.get("label"), "names", None)
+
+    def _by_name(
+        self, rows: list[Row], classes: Sequence[str], model: PreTrainedModel
+    ) -> list[Row]:
+        """Rows whose label is the number of the model's class of that name, where it has them all,
+        and otherwise as they are.
+
+        Raises:
+            ValueError: these are folders, and the model knows other names.
+        """
+        config: Any = model.config
+        own = {str(name).casefold(): number for number, name in config.id2label.items()}
+        if all(name.casefold() in own for name in classes):
+            numbers = [own[name.casefold()] for name in classes]
+            return [{**row, "label": numbers[row["label"]]} for row in rows]
+        has_names = not all(name.startswith("label_") for name in own)
+        if has_names and (Path(self.path).is_dir() or len(classes) != len(own)):
+            unknown = next(name for name in classes if name.casefold() not in own)
+            rule = f"the model has no class {unknown!r}, but {', '.join(list(own)[:5])}, ..."
+            raise refusal("data", self.path, rule, "Name the classes as the model does")
+        return rows
 
     def _check_vocabulary(self, model: PreTrainedModel, batches: list[Batch]) -> None:
         tokens = [int(batch["input_ids"].max()) for batch in batches if "input_ids" in batch]

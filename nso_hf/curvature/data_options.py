@@ -33,7 +33,7 @@ def add_data_options(
     add("--tokenizer", help="where the tokenizer or image processor is (default: the checkpoint)")
     add("--gguf_file", help="a GGUF file in the checkpoint, or in the base model of its adapters")
     add("--batch_size", type=int, default=8, help="examples a batch (default: %(default)s)")
-    batches = f"batches measured (default: {num_batches}; all of a .pt file)"
+    batches = f"batches of examples drawn at random (default: {num_batches}; all of a .pt file)"
     add("--num_batches", type=int, help=batches)
     add("--max_length", type=int, default=512, help="tokens a text (default: %(default)s)")
 
@@ -69,6 +69,7 @@ def data_of(options: argparse.Namespace, checkpoint: str, *, num_batches: int) -
         batch_size=options.batch_size,
         num_batches=options.num_batches or (None if is_saved else num_batches),
         max_length=options.max_length,
+        seed=options.seed,
     )
 
 

@@ -10,6 +10,7 @@ sigma^2/2 Tr H, which it follows while sigma is small.
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         default=10,
         help="products with the Hessian for the parabola; 0: none (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="of all random vectors (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of examples and random vectors (default: %(default)s)")
     add("--output", type=folder, default=Path("sigma"), help="folder (default: %(default)s)")
     return made
 
@@ -110,7 +111,9 @@ def check(options: argparse.Namespace) -> None:
 def suggestion(checkpoint: str, options: argparse.Namespace) -> Suggestion:
     """For one checkpoint."""
     model = load_checkpoint(checkpoint, options.gguf_file)
-    batches = data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
+    sample = data_of(options, checkpoint, num_batches=_BATCHES).sample(model)
+    print(f"{checkpoint}: {sample}", file=sys.stderr, flush=True)
+    batches = sample.batches
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     shared = {

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nso_hf.curvature.batches import Batch
+from nso_hf.curvature.checkpoint import Sample
 from nso_hf.curvature.data_options import (
     add_data_options,
     as_json,
@@ -134,16 +134,16 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
             yield f"base + {scale:g} sum of changes", first, merged
 
 
-def _on(model: Any, checkpoint: str, options: argparse.Namespace) -> tuple[Any, list[Batch]]:
-    """The model with a loss and logits, and the batches that it is measured on."""
+def _on(model: Any, checkpoint: str, options: argparse.Namespace) -> tuple[Any, Sample]:
+    """The model with a loss and logits, and what it is measured on."""
     if is_clip(checkpoint):
-        return measurable(model, checkpoint, options, options.num_batches or _BATCHES)
-    return model, data_of(options, checkpoint, num_batches=_BATCHES).batches(model)
+        model, batches = measurable(model, checkpoint, options, options.num_batches or _BATCHES)
+        return model, Sample(batches)
+    return model, data_of(options, checkpoint, num_batches=_BATCHES).sample(model)
 
 
-def measure(name: str, checkpoint: str, model: Any, options: argparse.Namespace) -> list[Row]:
+def measure(name: str, model: Any, sample: Sample, options: argparse.Namespace) -> list[Row]:
     """All measurements of one model."""
-    model, batches = _on(model, checkpoint, options)
     if torch.cuda.is_available():
         model.to("cuda")
 
@@ -152,7 +152,7 @@ def measure(name: str, checkpoint: str, model: Any, options: argparse.Namespace)
 
     return robustness(
         model,
-        batches,
+        sample.batches,
         bits=options.bits,
         group_sizes=options.group_sizes,
         noise=options.noise,
@@ -174,12 +174,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "results.json"
     measured: dict[str, list[Row]] = {}
+    samples: dict[str, Sample] = {}
     for name, checkpoint, model in models(options):
-        measured[name] = measure(name, checkpoint, model, options)
-        rows = {n: [dataclasses.asdict(row) for row in each] for n, each in measured.items()}
-        results = {"options": as_json(options), "checkpoints": rows}
+        measurable_model, samples[name] = _on(model, checkpoint, options)
+        print(f"{name}: {samples[name]}", file=sys.stderr, flush=True)
+        measured[name] = measure(name, measurable_model, samples[name], options)
+        results = {
+            "options": as_json(options),
+            "data": {each: sample.as_json() for each, sample in samples.items()},
+            "checkpoints": {
+                n: [dataclasses.asdict(r) for r in each] for n, each in measured.items()
+            },
+        }
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print_rows(measured, [file, plot_rows(measured, options.output / "robustness.png")])
+    picture = plot_rows(measured, options.output / "robustness.png")
+    print_rows(measured, list(dict.fromkeys(map(str, samples.values()))), [file, picture])
 
 
 if __name__ == "__main__":

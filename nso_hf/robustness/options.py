@@ -11,6 +11,7 @@ from transformers import Trainer
 from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import check_integer, refusal
 from nso_hf.robustness.measuring import robustness
+from nso_hf.running.sampling import places
 
 
 @dataclass
@@ -29,7 +30,7 @@ class RobustnessOptions:
         },
     )
     robustness_examples: int = field(
-        default=1000, metadata={"help": "Of so many test examples, the first ones."}
+        default=1000, metadata={"help": "Of so many test examples, drawn at random."}
     )
 
     def __post_init__(self) -> None:
@@ -49,17 +50,18 @@ class RobustnessOptions:
             raise refusal(option, value, f"{backend.name} shards the weights", cure)
 
     def measure(self, trainer: Trainer, examples: Any, model: Any = None) -> list[dict[str, Any]]:
-        """The rows of `robustness` on the first of these examples, a sequence.
+        """The rows of `robustness` on these examples, a sequence, or as many of them as are asked
+        for, drawn at random.
 
         Args:
             model: measured in place of `merged(trainer)`.
         """
         collate: Callable[[list[Any]], Any] = trainer.data_collator
-        number = min(self.robustness_examples, len(examples))
+        chosen = places(self.robustness_examples, len(examples))
         size = trainer.args.per_device_eval_batch_size
         batches = [
-            dict(collate([examples[i] for i in range(start, min(start + size, number))]))
-            for start in range(0, number, size)
+            dict(collate([examples[place] for place in chosen[start : start + size]]))
+            for start in range(0, len(chosen), size)
         ]
         measured = merged(trainer) if model is None else model
         return self.rows(measured, batches)

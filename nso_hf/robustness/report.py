@@ -16,8 +16,9 @@ _STYLES = ("-", "--", ":", "-.")
 _PANELS = {"bits": "bits of a weight", "noise": "noise", "relative noise": "noise / RMS of a row"}
 
 
-def print_rows(measured: Rows, files: Sequence[Path]) -> None:
-    """A table of losses and one of accuracies, with a column for each checkpoint."""
+def print_rows(measured: Rows, samples: Sequence[str], files: Sequence[Path]) -> None:
+    """A table of losses and one of accuracies, with a column for each checkpoint, and what they
+    were measured on."""
     from rich.console import Console
     from rich.table import Table
 
@@ -36,6 +37,7 @@ def print_rows(measured: Rows, files: Sequence[Path]) -> None:
     for name, rows in measured.items():
         if rows[0].ece is not None:
             console.print(f"Calibration error (ECE) of {name}, as it is: {rows[0].ece:.4f}")
+    console.print("Measured on " + "; or on ".join(samples) + ".", soft_wrap=True)
     console.print("Written: " + ", ".join(map(str, files)), soft_wrap=True)
 
 

@@ -41,7 +41,7 @@ def write(path, rows):
 
 
 def data(path, tokenizer, **options):
-    defaults = {"split": "train", "gguf_file": None, "batch_size": 8, "max_length": 64}
+    defaults = {"split": "train", "gguf_file": None, "batch_size": 8, "max_length": 64, "seed": 0}
     return Data(
         path=str(path), tokenizer=str(tokenizer), **{"num_batches": 1, **defaults, **options}
     )
@@ -138,10 +138,10 @@ def test_prompts_have_the_tokens_of_training(tmp_path):
     model = save_model("gpt2", tmp_path / "model")
     model = load_checkpoint(str(model))
     model.resize_token_embeddings(len(tokenizer))
-    (batch,) = data(write(tmp_path / "p.jsonl", prompts), tmp_path).batches(model)
+    (batch,) = data(write(tmp_path / "p.jsonl", prompts), tmp_path).sample(model).batches
     assert batch["input_ids"].tolist() == [[begin, *a, *b, end]] * 2
     assert batch["labels"].tolist() == [[-100, -100, *b, end]] * 2
-    (batch,) = data(write(tmp_path / "t.jsonl", [{"text": "ab"}]), tmp_path).batches(model)
+    (batch,) = data(write(tmp_path / "t.jsonl", [{"text": "ab"}]), tmp_path).sample(model).batches
     assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[begin, *a, *b, end]]
 
 
@@ -162,14 +162,14 @@ NAMES = {"id2label": {0: "no", 1: "yes", 2: "2nd"}, "label2id": {"no": 0, "yes":
 @pytest.mark.parametrize("labels", [["yes", "no", "2nd"], [1, 0, 2], ["1", "0", "2"]])
 def test_labels_are_names_or_numbers(file, labels, tmp_path):
     path = write(tmp_path / file, [{"text": "NA", "label": label} for label in labels])
-    (batch,) = data(path, tmp_path).batches(bert(tmp_path, **NAMES))
+    (batch,) = data(path, tmp_path).sample(bert(tmp_path, **NAMES)).batches
     assert batch["labels"].tolist() == [1, 0, 2] and batch["labels"].dtype == torch.long
     assert batch["input_ids"].shape == (3, 2)  # "NA" is a text
 
 
 def test_a_regression_has_values(tmp_path):
     path = write(tmp_path / "rows.csv", [{"text": "a", "label": "0.5"}])
-    (batch,) = data(path, tmp_path).batches(bert(tmp_path, num_labels=1))
+    (batch,) = data(path, tmp_path).sample(bert(tmp_path, num_labels=1)).batches
     assert batch["labels"].tolist() == [0.5]
 
 
@@ -190,34 +190,34 @@ CLASSES = {"id2label": {0: "1", 1: "2"}, "label2id": {"1": 0, "2": 1}}
 def test_rows_that_cannot_be_read_are_named(row, options, message, tmp_path):
     path = write(tmp_path / "rows.jsonl", [row])
     with pytest.raises(ValueError, match=rf"data='.*rows.jsonl': {message}"):
-        data(path, tmp_path).batches(bert(tmp_path, **options))
+        data(path, tmp_path).sample(bert(tmp_path, **options))
 
 
 def test_a_prompt_that_leaves_no_room_is_named(tmp_path):
     folder = save_model("gpt2", tmp_path / "model")
     path = write(tmp_path / "rows.jsonl", [{"prompt": "a" * 9, "completion": "b"}])
     with pytest.raises(ValueError, match=r"of 8 tokens none is predicted in the row .* Raise"):
-        data(path, folder, max_length=8).batches(load_checkpoint(str(folder)))
+        data(path, folder, max_length=8).sample(load_checkpoint(str(folder)))
 
 
-def vit(folder):
+def vit(folder, **options):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
     return ViTForImageClassification(
-        ViTConfig(image_size=8, patch_size=4, intermediate_size=8, num_labels=2, **sizes)
+        ViTConfig(image_size=8, patch_size=4, intermediate_size=8, **sizes, **options)
     )
 
 
 def test_images_are_paths_from_here_or_from_the_table(tmp_path, monkeypatch):
     Image.new("RGB", (9, 9), (200, 90, 40)).save(tmp_path / "a.png")
     rows = [{"image": path, "label": 1} for path in ("a.png", str(tmp_path / "a.png"))]
-    (batch,) = data(write(tmp_path / "rows.csv", rows), tmp_path).batches(vit(tmp_path))
+    (batch,) = data(write(tmp_path / "rows.csv", rows), tmp_path).sample(vit(tmp_path)).batches
     assert torch.equal(*batch["pixel_values"]) and batch["labels"].tolist() == [1, 1]
     (tmp_path / "b.png").write_text("no image")
     for name in ("b.png", "none.png"):
         path = write(tmp_path / "rows.csv", [{"image": name, "label": 1}])
         with pytest.raises(ValueError, match=f"no image can be read .* in the row .*{name}"):
-            data(path, tmp_path).batches(vit(tmp_path))
+            data(path, tmp_path).sample(vit(tmp_path))
 
 
 def test_a_classifier_without_a_pad_token(tmp_path):
@@ -227,15 +227,17 @@ def test_a_classifier_without_a_pad_token(tmp_path):
     model = GPT2ForSequenceClassification(GPT2Config(**settings, pad_token_id=None)).eval()
     rows = [{"text": text, "label": 1} for text in ("a", "abc")]
     path = write(tmp_path / "rows.jsonl", rows)
-    (batch,) = data(path, tmp_path).batches(model)  # padded by the end of text, as in training
-    singles = data(path, tmp_path, batch_size=1, num_batches=2).batches(model)
+    (batch,) = (
+        data(path, tmp_path).sample(model)
+    )  # padded by the end of text, as in training
+    singles = data(path, tmp_path, batch_size=1, num_batches=2).sample(model).batches
     with torch.no_grad():
         losses = [model(**single).loss.item() for single in singles]
         assert model(**batch).loss.item() == pytest.approx(sum(losses) / 2, rel=1e-5)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"it has no token to pad with. Pass --batch_size 1"):
-        data(path, tmp_path).batches(model)
+        data(path, tmp_path).sample(model)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -256,7 +258,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_told(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"text": "so many"}])
     message = f"it has a token {len(tokenizer) - 1}, and the model an embedding of"
     with pytest.raises(ValueError, match=message):
-        data(path, tmp_path).batches(load_checkpoint(str(folder)))
+        data(path, tmp_path).sample(load_checkpoint(str(folder)))
 
 
 def test_what_is_done_is_kept_where_a_later_checkpoint_fails(tmp_path):
@@ -287,3 +289,36 @@ def test_the_table_has_one_format_of_numbers(tmp_path, capsys):
 
     shown = with_error(figures["trace"]["estimate"], figures["trace"]["stderr"])
     assert shown in capsys.readouterr().out
+
+
+def folders(path, names, each):
+    """Of so many images of each class."""
+    for name in names:
+        (path / "train" / name).mkdir(parents=True)
+        for number in range(each):
+            Image.new("RGB", (8, 8)).save(path / "train" / name / f"{number}.png")
+    return path
+
+
+def test_folders_are_the_classes_of_their_names(tmp_path):
+    known = {"id2label": {0: "cat", 1: "Dog", 2: "fox"}, "label2id": {"cat": 0, "Dog": 1, "fox": 2}}
+    model = vit(tmp_path, **known)
+    sample = data(folders(tmp_path / "some", ["dog", "fox"], 2), tmp_path).sample(model)
+    assert sample.batches[0]["labels"].tolist() == [1, 1, 2, 2]
+    assert str(sample) == "4 examples; 2 of 3 classes"
+    with pytest.raises(ValueError, match="the model has no class 'circle', but cat, dog, fox"):
+        data(folders(tmp_path / "others", ["circle", "dog"], 1), tmp_path).sample(model)
+
+
+def test_examples_are_drawn_from_all_classes(tmp_path):
+    names = [f"c{number}" for number in range(8)]
+    ids = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    path, model = folders(tmp_path / "sorted", names, 20), vit(tmp_path, **ids)
+    sample = data(path, tmp_path, batch_size=16, num_batches=4).sample(model)
+    # That one of 8 is missed among 64 of 160 has a chance of 8 (96/160)^20 = 3e-4.
+    assert sample.classes == 8 and sample.total == 160
+    assert str(sample) == "64 examples of 160, drawn at random; 8 of 8 classes"
+    again = data(path, tmp_path, batch_size=16, num_batches=4).sample(model)
+    assert again.batches[0]["labels"].tolist() == sample.batches[0]["labels"].tolist()
+    other = data(path, tmp_path, batch_size=16, num_batches=4, seed=1).sample(model)
+    assert other.batches[0]["labels"].tolist() != sample.batches[0]["labels"].tolist()

@@ -23,7 +23,7 @@ def checkpoints(tmp_path):
     paths = [str(first), str(tmp_path / "second")]
     model = GPT2LMHeadModel.from_pretrained(first)
     options = parser().parse_args([paths[0], "--data", str(tmp_path / "rows.jsonl")])
-    batches = data_of(options, paths[0], num_batches=2).batches(model)
+    batches = data_of(options, paths[0], num_batches=2).sample(model).batches
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(20):
         for batch in batches:

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from nso_hf.curvature.batches import Batch
 from nso_hf.refusal import refusal
+from nso_hf.running.sampling import places
 from nso_hf.tasks.clip.encoding import image_size
 from nso_hf.tasks.clip.labelled import Labelled
 from nso_hf.tasks.clip.models import ClipModel, is_coca, text_features
@@ -97,10 +98,11 @@ def _scale(model: nn.Module) -> Tensor:
 def zero_shot_classification(
     clip: ClipModel, labelled: Labelled, prompts: Sequence[Any], *, number: int, size: int
 ) -> Measurable:
-    """A classifier, and the first `number` images in one batch, so that it encodes the classes once
-    for all; it encodes `size` images at a time."""
+    """A classifier, and `number` images drawn at random in one batch, so that it encodes the
+    classes once for all; it encodes `size` images at a time."""
     number_of = {label: index for index, label in enumerate(labelled.names)}
-    pairs, images = zip(*_first(clip, labelled.pairs, number, "label"), strict=True)
+    chosen = set(places(number, len(labelled.pairs.labels())))
+    pairs, images = zip(*_usable(clip, labelled.pairs, "label", number, chosen), strict=True)
     labels = torch.tensor([number_of[str(pair.label)] for pair in pairs])
     classifier = ZeroShotClassifier(clip, labelled.names.values(), prompts, size)
     return classifier, [{"image": torch.stack(images), "labels": labels}]
@@ -113,7 +115,7 @@ def matching(clip: ClipModel, pairs: Pairs, *, number: int, size: int) -> Measur
     Raises:
         ValueError: there is nothing to tell apart.
     """
-    found = list(_first(clip, pairs, number, "caption"))
+    found = list(_usable(clip, pairs, "caption", number))
     chunks = [found[start : start + size] for start in range(0, len(found), size)]
     batches: list[Batch] = [_batch(clip, chunk) for chunk in chunks if len(chunk) > 1]
     if not batches:
@@ -129,12 +131,17 @@ def _batch(clip: ClipModel, chunk: list[tuple[Pair, Tensor]]) -> Batch:
     return {"image": torch.stack(images), "text": texts, "labels": labels}
 
 
-def _first(clip: ClipModel, pairs: Pairs, number: int, needs: str) -> Iterator[tuple[Pair, Tensor]]:
-    """The first pairs that can be used, with their images as the model takes them."""
+def _usable(
+    clip: ClipModel, pairs: Pairs, needs: str, number: int, chosen: set[int] | None = None
+) -> Iterator[tuple[Pair, Tensor]]:
+    """The first `number` pairs that can be used, of those at the positions `chosen`, with their
+    images as the model takes them."""
     again = copy(pairs)
     again.skipped = Skipped()  # whoever reads all of it counts
     left = number
-    for pair in again:
+    for position, pair in enumerate(again):
+        if chosen is not None and position not in chosen:
+            continue
         image = usable(pair, again, needs)
         if image is not None:
             yield pair, clip.eval_transform(image)
