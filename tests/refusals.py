@@ -1498,6 +1498,7 @@ ROBUSTNESS: dict[str, Callable[[Path], object]] = {
     "no draws of noise": robustness_command("--num_samples", "0"),
     "no batches": robustness_command("--num_batches", "0"),
     "bits twice": robustness_command("--bits", "4", "3", "4"),
+    "bits without a scale": robustness_command("--bits", "4", "--group_sizes"),
     "scale twice": robustness_command("--base", "gpt2", "--scales", "0.5", "0.5"),
     "scales without a base": robustness_command("--scales", "0.5"),
     "no scale of changes": robustness_command("--scales", "0"),

@@ -113,6 +113,9 @@ def check_strengths(
             raise refusal(option, list(values), "has one twice", "Name each once")
     for each in bits:
         check_bits(each)
+    if bits and not group_sizes:
+        cure = "Name sizes, or none for the scale of a row, or leave both out"
+        raise refusal("group_sizes", [], f"without any, bits={list(bits)} have no scale", cure)
     for size in group_sizes:
         check_group_size(size)
     for std in noise:

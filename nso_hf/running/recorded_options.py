@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nso_hf import backends
+from nso_hf.arguments import NSOArguments
 from nso_hf.refusal import Refusal, refusal
 
 _FILE = "options.json"
@@ -43,6 +45,7 @@ _FIXED = {
     for name in names.split()
 }
 """Training options that must stay when a run goes on, and why."""
+_OF_THE_METHOD = [option.name for option in fields(NSOArguments)]
 
 
 class RecordedOptions(TrainerCallback):
@@ -77,6 +80,9 @@ class RecordedOptions(TrainerCallback):
         self._facts: dict[str, str] = {}  # of this run
         self._recorded_facts: dict[str, str] = {}  # of the run that is gone on with
         self._resumes = checkpoint is not None
+        self._seconds: dict[str, float] = {}  # of training, up to each checkpoint
+        self.seconds_before = 0.0
+        """Of training, up to the checkpoint that is gone on from."""
         step = 0
         if checkpoint is not None:
             state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
@@ -84,12 +90,15 @@ class RecordedOptions(TrainerCallback):
             record = _read(Path(checkpoint).parent / _FILE)
             self.history = [entry for entry in record["options"] if entry["from_step"] < step]
             self._recorded_facts = record["facts"]
-        before: dict[str, Any] = {}
+            self._seconds = record.get("seconds", {})
+            before = [seconds for at, seconds in self._seconds.items() if int(at) <= step]
+            self.seconds_before = max(before, default=0.0)
+        asked: dict[str, Any] = {}  # before
         for entry in self.history:
-            before |= entry["options"]
-        changed = {n: v for n, v in options.items() if n not in before or before[n] != v}
+            asked |= entry["options"]
+        changed = {n: v for n, v in options.items() if n not in asked or asked[n] != v}
         # Old and new value of what is not as it was at the checkpoint.
-        self.changes = {name: (before[name], changed[name]) for name in changed if name in before}
+        self.changes = {name: (asked[name], changed[name]) for name in changed if name in asked}
         for name, (old, new) in self.changes.items():
             if name in fixed:
                 raise _differs(name, new, f"this run began with {old!r}", fixed[name])
@@ -112,13 +121,38 @@ class RecordedOptions(TrainerCallback):
     ) -> None:
         # The Trainer goes on with the intervals of the checkpoint, whatever was asked for.
         state.compute_steps(args, state.max_steps)
+        self._began = time.monotonic()
         if not state.is_world_process_zero:
             return
         if self._resumes:
+            self._check_that_changes_matter(state)
             changes = "; ".join(f"{n} {old!r} -> {new!r}" for n, (old, new) in self.changes.items())
             how = f"changed: {changes}" if changes else "with the same options"
             print(f"\nGoing on from step {state.global_step}; {how}.")
-        record = {"options": self.history, "facts": self._facts}
+        self._write(args)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            seconds = self.seconds_before + time.monotonic() - self._began
+            self._seconds[str(state.global_step)] = round(seconds, 2)
+            self._write(args)
+
+    def _check_that_changes_matter(self, state: TrainerState) -> None:
+        """
+        Raises:
+            ValueError: an option of the method changed, for a training that was done.
+        """
+        own = [name for name in self.changes if name in _OF_THE_METHOD]
+        if own and state.global_step >= state.max_steps:
+            old, new = self.changes[own[0]]
+            rule = f"step {state.global_step} was the last, with {old!r}: none is left to train"
+            cure = "Leave it as it was, train for more steps, or start anew elsewhere"
+            raise refusal(own[0], new, rule, cure)
+
+    def _write(self, args: TrainingArguments) -> None:
+        record = {"options": self.history, "facts": self._facts, "seconds": self._seconds}
         path = Path(str(args.output_dir)) / _FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

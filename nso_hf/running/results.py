@@ -50,9 +50,10 @@ def trained(
 ) -> dict[str, Any]:
     """Train, from a checkpoint on where there is one; return what results.json has on it.
 
-    Seconds are those of this program, without those of measuring curvature; memory is that of this
-    process: of the device where it has its own, else of the program. A `CurvatureCallback` measures
-    its figures after training too, when averages of the weights have been put in the model.
+    Seconds are those of training, up to the checkpoint and from there on, without those of
+    measuring curvature; memory is that of this process: of the device where it has its own, else of
+    the program. A `CurvatureCallback` measures its figures after training too, when averages of the
+    weights have been put in the model.
 
     Raises:
         ValueError: the run that is gone on with had another back end.
@@ -65,6 +66,7 @@ def trained(
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, log = time.monotonic() - began, trainer.state.log_history
+    seconds += recorded.seconds_before
     seconds -= sum(entry.get("curvature/seconds", 0.0) for entry in log)
     memory = _peak_memory(trainer.args.device)
     if curvature is not None:

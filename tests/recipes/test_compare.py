@@ -133,6 +133,7 @@ def test_tuning_is_by_validation_and_the_time_is_equal(tmp_path):
         ("raises", "RuntimeError: loss is nan at step 10"),
         ("killed", "killed by signal 9"),
         ("silent", "wrote no results.json"),
+        ("diverged", "(diverged: validation loss nan)"),
     ],
 )
 def test_a_run_that_fails_is_counted_and_the_others_go_on(tmp_path, how, said, capsys):

@@ -160,6 +160,25 @@ def test_resume_is_the_uninterrupted_run(tmp_path, interrupt_at, model):
     whole, part = results_of(tmp_path / "whole"), results_of(tmp_path / "part")
     for split in ("validation", "test", "memorised"):
         assert whole[split] == part[split]
+    # Of both parts: that up to the checkpoint is recorded beside it.
+    recorded = json.loads((tmp_path / "part" / "options.json").read_text())["seconds"]
+    assert part["train_seconds"] > recorded["4"] > 0
+    assert part["train_seconds"] >= recorded["9"]
+
+
+def test_a_training_that_was_done_keeps_its_method(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "sigma": 0.01}
+    main(flags(tmp_path, **options))
+    before = results_of(tmp_path)
+    again = options | {"resume_from_checkpoint": "last"}
+    message = r"sigma=0.02: step 2 was the last, with 0.01: none is left to train"
+    with pytest.raises(ValueError, match=message):
+        main(flags(tmp_path, **(again | {"sigma": 0.02})))
+    main(flags(tmp_path, **again))
+    after = results_of(tmp_path)
+    recorded = json.loads((tmp_path / "options.json").read_text())["seconds"]
+    assert after["train_seconds"] >= recorded["2"] > 0
+    assert after["test"] == before["test"]
 
 
 def test_going_on_with_something_else(tmp_path):

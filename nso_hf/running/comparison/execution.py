@@ -4,6 +4,7 @@ to."""
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -124,6 +125,8 @@ class Running:
         code, written = self.process.exitcode, self.folder / "results.json"
         if code == 0 and written.exists():
             results = json.loads(written.read_text(encoding="utf-8"))
+            if cause := diverged(results):
+                return record_of(self.run, {}, seconds, f"(diverged: {cause})")
             return record_of(self.run, results, seconds)
         cause = f"ended with {code}" if code > 0 else f"killed by signal {-code}"
         if code == 0:
@@ -138,6 +141,20 @@ class Running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, kind)
             self.process.join(_SECONDS_TO_END)
+
+
+def diverged(results: Mapping[str, Any]) -> str:
+    """Which loss of a run is not a finite number, if any: its accuracy still is one, of the class
+    that NaN sorts first."""
+    last = results.get("log", [{}])[-1:] or [{}]
+    losses = {"training loss": last[0].get("train_loss")}
+    for part in ("validation", "test"):
+        figures = results.get(part)
+        losses[f"{part} loss"] = figures.get("loss") if isinstance(figures, Mapping) else None
+    for name, loss in losses.items():
+        if isinstance(loss, float) and not math.isfinite(loss):
+            return f"{name} {loss}"
+    return ""
 
 
 def run_all(

@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nso_hf.running.command_line import RecipeParser
 
@@ -53,9 +54,12 @@ def main(argv: list[str] | None = None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if options.wrong == "silent":
             return
-        raise RuntimeError(f"loss is nan at step {options.max_steps}")
+        if options.wrong != "diverged":
+            raise RuntimeError(f"loss is nan at step {options.max_steps}")
     splits = ["validation", "test"] if options.test else ["validation"]
-    figures = {split: {"accuracy": accuracy(options, split)} for split in splits}
+    figures: dict[str, Any] = {s: {"accuracy": accuracy(options, s)} for s in splits}
+    if options.wrong == "diverged" and options.seed == options.wrong_seed:
+        figures["validation"]["loss"] = math.nan
     passes = 2 if options.sigma else 1
     figures |= {
         "train_seconds": 0.01 * options.max_steps * passes,
