@@ -49,7 +49,7 @@ demo: $(VENV)/demo ## fine-tune SmolLM2-135M on a reasoning task with LoRA and N
 	rm -rf runs/demo
 	$(BIN)/python recipes/cot_finetuning.py --config recipes/configs/demo.yaml
 
-demo-clip: $(VENV)/demo-clip ## pretrain a small CLIP on emoji and their names with NSO (two CPU cores: under 10 minutes)
+demo-clip: $(VENV)/demo-clip ## pretrain a small CLIP on emoji and their names with NSO (two CPU cores: under 5 minutes)
 	rm -rf runs/demo-clip
 	$(BIN)/python recipes/clip_pretraining.py --config recipes/configs/demo_clip.yaml
 

@@ -40,7 +40,9 @@ class ProtocolOptions:
     )
     label_noise: float = field(
         default=0.0,
-        metadata={"help": "Share of the training labels replaced by other ones, drawn evenly."},
+        metadata={
+            "help": "Probability with which each training label becomes another one, drawn evenly."
+        },
     )
     test: bool = field(
         default=True,
