@@ -14,9 +14,9 @@ from transformers.utils import logging
 from nso_hf.arguments import NSOArguments
 from nso_hf.backends import Weight
 from nso_hf.curvature.batches import Batch
-from nso_hf.curvature.sigma import find_sigma
+from nso_hf.curvature.sigma import LEAST_IN_HALF, find_sigma
 from nso_hf.refusal import Refusal, refusal
-from nso_hf.step.sigma import AUTO
+from nso_hf.step.sigma import AUTO, RISE
 
 logger = logging.get_logger(__name__)
 
@@ -44,7 +44,7 @@ class AutomaticSigma:
 
     def __init__(self) -> None:
         self.value: float | None = None  # not found yet
-        self._found = math.nan
+        self._found = self._target = math.nan
 
     def find(
         self,
@@ -64,11 +64,15 @@ class AutomaticSigma:
             cure = "Set start, such as 0.1, for plain steps before, or a number"
             raise refusal("sigma", AUTO, rule, cure)
         names = [f"^{re.escape(weight.name)}$" for weight in weights]
+        self._target = args.sigma_rise
+        is_half = any(weight.element_size() < 4 for weight in trainer.model.parameters())  # type: ignore[union-attr]
+        if is_half and args.sigma_rise == RISE:  # which nobody asked for
+            self._target = LEAST_IN_HALF
         try:
             found = find_sigma(
                 trainer,
                 first_batches(_BATCHES),
-                rise=args.sigma_rise,
+                rise=self._target,
                 sigma_scale=args.sigma_scale,
                 params=names,
                 num_samples=_SAMPLES,
@@ -82,19 +86,19 @@ class AutomaticSigma:
         if trainer.is_world_process_zero():
             logger.warning(
                 f"sigma {found.sigma:.3g} ± {found.stderr:.1g} ({args.sigma_scale}) raises the "
-                f"loss of {found.num_examples} training examples by {args.sigma_rise:.3g} of it."
+                f"loss of {found.num_examples} training examples by {self._target:.3g} of it."
             )
 
-    def hold(self, rise: float, target: float) -> None:
-        """Change it a little, by the rise that was measured: towards a mean rise of `target`."""
+    def hold(self, rise: float) -> None:
+        """Change it a little, by the rise that was measured: towards a mean of what was asked."""
         if self.value is None or not math.isfinite(rise):
             return
-        change = _GAIN * (1 - min(_HIGHEST, max(0.0, rise / target)))
+        change = _GAIN * (1 - min(_HIGHEST, max(0.0, rise / self._target)))
         low, high = self._found / _FARTHEST, self._found * _FARTHEST
         self.value = min(high, max(low, self.value * math.exp(change)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "found": self._found}
+        return {"value": self.value, "found": self._found, "target": self._target}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value, self._found = state["value"], state["found"]
+        self.value, self._found, self._target = (state[key] for key in ("value", "found", "target"))

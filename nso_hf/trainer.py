@@ -488,7 +488,7 @@ class NSOTrainerMixin(_Base):
         if "loss" in logs:
             self._nso_measurements.move_into(logs, self.nso_backend.mean)
             if RISE in logs:
-                self._nso_automatic.hold(logs[RISE], self.nso_args.sigma_rise)
+                self._nso_automatic.hold(logs[RISE])
         super().log(logs, *args, **kwargs)
 
 

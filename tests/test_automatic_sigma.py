@@ -72,6 +72,16 @@ def test_resume_is_bit_equal(tmp_path, options):
     assert logged(one, "nso/sigma") == logged(two, "nso/sigma")
 
 
+def test_half_precision_has_a_default_that_its_rounding_leaves_alone(tmp_path):
+    for given, expected in (({}, 0.01), ({"sigma_rise": 0.05}, 0.05)):
+        model = tiny_llama().to(torch.bfloat16)
+        trainer = train(model, token_data(40), automatic(tmp_path, max_steps=1, **given))
+        assert trainer._nso_automatic.state_dict()["target"] == expected
+        assert logged(trainer, "nso/sigma")[0] > 0
+    with pytest.raises(ValueError, match=r"rise=0.004: torch.bfloat16 rounds the loss"):
+        train(model, token_data(40), automatic(tmp_path, max_steps=1, sigma_rise=0.004))
+
+
 class Normalised(nn.Module):
     """The logits of a classifier of 10 features, by BatchNorm."""
 
@@ -153,25 +163,25 @@ def test_a_rise_is_held(tmp_path):
 
 def test_the_controller():
     automatic = AutomaticSigma()
-    automatic.hold(0.3, 0.1)  # before it is found
+    automatic.hold(0.3)  # before it is found
     assert automatic.value is None
-    automatic.load_state_dict({"value": 0.02, "found": 0.02})
+    automatic.load_state_dict({"value": 0.02, "found": 0.02, "target": 0.1})
     generator = torch.Generator().manual_seed(0)
     values = []
     for _ in range(2000):  # rise = sigma^2 100, with noise of a half of it
         assert automatic.value is not None
         noise = (1 + 0.5 * torch.randn((), generator=generator)).item()
-        automatic.hold(automatic.value**2 * 100 * noise, 0.1)
+        automatic.hold(automatic.value**2 * 100 * noise)
         values.append(automatic.value)
     rises = torch.tensor(values[100:]).square() * 100
     assert rises.mean().item() == pytest.approx(0.1, rel=0.1)
-    automatic.hold(math.nan, 0.1)
+    automatic.hold(math.nan)
     assert automatic.value == values[-1]
     for rise, bound in ((0.0, 0.2), (9.0, 0.002)):
         for _ in range(100):
-            automatic.hold(rise, 0.1)
+            automatic.hold(rise)
         assert automatic.value == pytest.approx(bound)
-    assert automatic.state_dict() == {"value": automatic.value, "found": 0.02}
+    assert automatic.state_dict() == {"value": automatic.value, "found": 0.02, "target": 0.1}
 
 
 @pytest.mark.parametrize(("word", "value"), [("auto", "auto"), ("0.05", 0.05), ("0", 0.0)])

@@ -31,7 +31,7 @@ _PRECISE = 0.05  # of the rise: its standard error then
 _CLOSE = 0.05  # of the target: from there on the law of powers is exact enough
 _FARTHEST = 100.0  # times the root mean square of the weights
 _TRIALS = 60
-_LEAST_IN_HALF = 0.01  # of a rise: bfloat16 has eight bits
+LEAST_IN_HALF = 0.01  # of a rise: bfloat16 has eight bits
 _JUMP = 1.001  # two sigmas so close with rises far apart: the loss is not smooth between them
 
 
@@ -104,9 +104,9 @@ def find_sigma(
     check_choice("sigma_scale", sigma_scale, list(SCALES))
     watch, objective = Stopwatch(), Objective(model, batches, params, in_half=True)
     half = [w.data.dtype for w in objective.all_weights if w.data.element_size() < 4]
-    if half and rise < _LEAST_IN_HALF:
+    if half and rise < LEAST_IN_HALF:
         rule = f"{half[0]} rounds the loss by about as much"
-        cure = f"Ask for {_LEAST_IN_HALF} at least, or load the model in float32"
+        cure = f"Ask for {LEAST_IN_HALF} at least, or load the model in float32"
         raise refusal("rise", rise, rule, cure)
     with (
         objective.opened() as perturbation,

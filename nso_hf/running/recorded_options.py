@@ -81,8 +81,7 @@ class RecordedOptions(TrainerCallback):
         self._recorded_facts: dict[str, str] = {}  # of the run that is gone on with
         self._resumes = checkpoint is not None
         self._seconds: dict[str, float] = {}  # of training, up to each checkpoint
-        self.seconds_before = 0.0
-        """Of training, up to the checkpoint that is gone on from."""
+        self.seconds_before = 0.0  # up to the one that is gone on from
         step = 0
         if checkpoint is not None:
             state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")

@@ -229,7 +229,7 @@ class Constant(nn.Module):
     [
         (Constant(0.0), {}, "batches=1: the loss is 0, and a share of that no rise"),
         (Constant(-1.0), {}, "batches=1: the loss is -1, and a share of that no rise"),
-        (Constant(2.0), {}, "rise=0.02: the loss rises by 0 of itself at most"),
+        (Constant(2.0), {}, "rise=0.005: the loss rises by 0 of itself at most"),
         (Constant(math.nan), {}, "batches=nan: the loss is not finite in round 0 of 1"),
         (Constant(1.0), {"rise": 0.0}, "rise=0.0: must be a finite number, at least 1e-05"),
         (Constant(1.0), {"rise": -1}, "rise=-1: must be a finite number"),
