@@ -78,19 +78,20 @@ def train(name: str, words: Sequence[str]) -> None:
         Refusal: one of the words belongs to nobody, or an option is out of its range.
     """
     with script_with_nso(name) as script:
-        *parsed, others = _parsed(script, name, words)
+        *groups, others = parsed(script, name, words)
         launch_options(name, others, words)
-        script.main(*parsed)
+        script.main(*groups)
 
 
 def launch(name: str, words: Sequence[str]) -> None:
     """Run it in processes of their own, by `accelerate launch`."""
     with script_with_nso(name) as script:
-        *_, others = _parsed(script, name, words)
+        *_, others = parsed(script, name, words)
     launch_command(launch_options(name, others, words))
 
 
-def _parsed(script: ModuleType, name: str, words: Sequence[str]) -> tuple[Any, ...]:
+def parsed(script: ModuleType, name: str, words: Sequence[str]) -> tuple[Any, ...]:
+    """The script's groups of options, and the words that belong to none of them."""
     parser = script.make_parser()
     parser.prog = f"nso {name}"
     found: tuple[Any, ...] = parser.parse_args_and_config(

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,11 +82,10 @@ def test_without_noise_it_is_trls_own_training(name, words, tmp_path):
 
 def test_a_command_trains_with_noise_in_processes_of_its_own(words, tmp_path):
     config = tmp_path / "sft.yaml"
-    config.write_text("sigma: 0.02\nsave_strategy: steps\nsave_steps: 3\nnum_processes: 2\n")
-    given = words("sft")
-    del given[given.index("--save_strategy") :][:2]
-    place = given.index("--save_strategy")
-    del given[place : place + 2]
+    config.write_text(
+        "sigma: 0.02\nsave_steps: 3\nmixed_precision: 'no'\n"
+    )  # the last accelerate's
+    given = words("sft", save_strategy="steps")
     command = [sys.executable, "-m", "nso_hf", "sft", *given, "--config", str(config), "--cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
@@ -104,6 +106,22 @@ def test_a_command_trains_with_noise_in_processes_of_its_own(words, tmp_path):
 def test_wrong_options_are_refused(words, options, message):
     with pytest.raises(Refusal, match=message):
         door.launch("sft", [*words("sft"), *options])
+
+
+def commands():
+    page = Path(door.__file__).parents[2] / "docs" / "trl.md"
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    return re.findall(rf"^nso ({'|'.join(door.KINDS)}) (.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "given"), commands())
+def test_documented_commands_parse(name, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dpo.yaml").write_text("output_dir: runs/dpo\n")
+    words = [*shlex.split(given), "--use_cpu", "true", "--bf16", "false"]
+    with door.script_with_nso(name) as script:
+        *_, others = door.parsed(script, name, words)
+    assert door.launch_options(name, others, words).training_script_args == [name, *words]
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "single_gpu"])
