@@ -227,7 +227,9 @@ def test_a_classifier_without_a_pad_token(tmp_path):
     model = GPT2ForSequenceClassification(GPT2Config(**settings, pad_token_id=None)).eval()
     rows = [{"text": text, "label": 1} for text in ("a", "abc")]
     path = write(tmp_path / "rows.jsonl", rows)
-    (batch,) = data(path, tmp_path).sample(model)  # padded by the end of text, as in training
+    (batch,) = (
+        data(path, tmp_path).sample(model).batches
+    )  # padded by the end of text, as in training
     singles = data(path, tmp_path, batch_size=1, num_batches=2).sample(model).batches
     with torch.no_grad():
         losses = [model(**single).loss.item() for single in singles]

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from nso_hf.curvature.__main__ import main as measure_curvature
 from nso_hf.robustness import robustness
+from nso_hf.running.sampling import places
 from nso_hf.tasks.classification.evaluation import figures
 from nso_hf.tasks.images import sources
 from nso_hf.tasks.images.classifier_options import ClassifierOptions
@@ -325,9 +326,10 @@ def test_what_survives_is_measured_on_the_test_images(tmp_path):
     rows = {(r["kind"], r["strength"]): r for r in results_of(tmp_path)["robustness"]}
     pixels = ClassifierOptions().pixels("digits")
     images = sources.open_images("digits", "test", pixels, label_column="label")
+    chosen = places(100, len(images))
     batch = {
-        "pixel_values": torch.stack([images[i]["pixel_values"] for i in range(100)]),
-        "labels": torch.tensor([int(label) for label in images.labels[:100]]),
+        "pixel_values": torch.stack([images[i]["pixel_values"] for i in chosen]),
+        "labels": torch.tensor([int(images.labels[i]) for i in chosen]),
     }
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     nothing = dict.fromkeys(("noise", "relative_noise", "sparsity"), ())

@@ -13,13 +13,13 @@ from tests.older import IS_VERSION_4, LOGGED
 from tests.reference import largest_difference
 from tests.tasks.clip.reference import TINY, clip_config, pair_data, reference_clip, tiny_clip
 
-ROUNDED = LOGGED if IS_VERSION_4 else 1e-6
+ROUNDED = LOGGED if IS_VERSION_4 else 3e-6  # float32: of losses up to 16, three times
 
 SIGMA, BATCH, STEPS = 0.02, 8, 3
 
 # float64: roundings of 1e-16, which ill-conditioned normalisations of a model at its start (its
 # features are nearly equal, gradients reach 16) and three steps of training make a million larger.
-# float32: roundings of 6e-8 in the same places, in one step; the losses agree to 1e-6.
+# float32: roundings of 6e-8 in the same places, in one step; the losses agree to 3e-6.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6}
 
 

@@ -11,6 +11,7 @@ import torch
 from nso_hf.robustness import pruned, robustness, round_to_nearest, weight_noise
 from nso_hf.robustness.figures import figures
 from nso_hf.robustness.matrices import matrices
+from nso_hf.running.sampling import places
 from nso_hf.tasks.clip.labelled import Labelled
 from nso_hf.tasks.clip.matching import matching, zero_shot_classification
 from nso_hf.tasks.clip.pairs import Fields
@@ -31,8 +32,10 @@ def classifier(clip, number=11, size=4):
     return zero_shot_classification(clip, labelled, PROMPTS, number=number, size=size)
 
 
-def pixels(clip, number):
-    return torch.stack([clip.eval_transform(row["image"]) for row in image_rows(number)])
+def pixels(clip, number, of=None):
+    """Of the first images, or of those that are drawn from `of`."""
+    chosen = image_rows(number) if of is None else [image_rows(of)[i] for i in places(number, of)]
+    return torch.stack([clip.eval_transform(row["image"]) for row in chosen])
 
 
 @torch.no_grad()
@@ -44,7 +47,7 @@ def logits_of(model, clip, number=11):
         texts = [model.encode_text(clip.tokenizer([p.format(name)]))[0] for p in PROMPTS]
         mean = sum(text / text.norm() for text in texts) / len(texts)
         classes.append(mean / mean.norm())
-    images = [model.encode_image(image[None])[0] for image in pixels(clip, number)]
+    images = [model.encode_image(image[None])[0] for image in pixels(clip, number, of=20)]
     scale = math.exp(model.logit_scale.item())
     return torch.tensor([[scale * (i / i.norm()) @ c for c in classes] for i in images])
 
@@ -96,11 +99,11 @@ def test_figures_of_zero_shot_classification(kind):
     classifier_of = open_clip.build_zero_shot_classifier
     weights = classifier_of(clip.model, clip.tokenizer, list(NAMES.values()), PROMPTS)
     with torch.no_grad():
-        scores = clip.model.encode_image(pixels(clip, 15), normalize=True) @ weights
+        scores = clip.model.encode_image(pixels(clip, 15, of=20), normalize=True) @ weights
     logits = (scores * clip.model.logit_scale.exp().item()).double().numpy()
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    target = np.arange(15) % 2
+    target = np.array(places(15, 20)) % 2
     losses, right = -np.log(p[np.arange(15), target]), p.argmax(axis=1) == target
     # Logits of 14 have roundings of 1e-5 or so, as above.
     assert row.loss == pytest.approx(losses.mean(), abs=1e-4)
@@ -170,7 +173,7 @@ def test_examples_that_cannot_be_used_are_passed_over_and_counted_by_others():
     torch.testing.assert_close(batch["image"], pixels(clip, 3), rtol=0, atol=0)
     labelled = Labelled(table, ["even", "odd"], NAMES)
     _, (batch,) = zero_shot_classification(clip, labelled, PROMPTS, number=3, size=8)
-    assert batch["labels"].tolist() == [0, 1, 0]
+    assert batch["labels"].tolist() == [(i - 1) % 2 for i in places(3, 6) if i > 0]
     assert table.skipped.counts == {}
     empty = Table("rows", broken, Fields("image", "caption", "label"), None)
     with pytest.raises(ValueError, match=r"nothing of it could be used .*1 unreadable images"):

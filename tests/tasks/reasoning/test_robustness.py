@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from nso_hf.running.sampling import places
 from nso_hf.tasks.reasoning.robustness import AnswerRobustnessOptions
 from nso_hf.tasks.reasoning.trainer import ReasoningTrainer
 from recipes import cot_finetuning
@@ -175,11 +176,11 @@ def test_loss_is_that_per_token_of_the_test_answers(folder, adapters):
     main(flags(start, output, robustness="true", **options))
     rows = {(row["kind"], row["strength"]): row for row in results_of(output)["robustness"]}
     tokenizer = AutoTokenizer.from_pretrained(output)
-    model = saved_model(start, output)
+    model, asked = saved_model(start, output), questions(folder)
     for place in (("none", None), ("bits", 4), ("bits", 2)):
         if place[1]:
             model = quantised(saved_model(start, output), place[1])
-        expected = loss_per_token(model, tokenizer, questions(folder)[:20])
+        expected = loss_per_token(model, tokenizer, [asked[i] for i in places(20, len(asked))])
         # Float32 losses of up to 10 in another order; adapters are multiplied out by other code.
         assert rows[place]["loss"] == pytest.approx(expected, rel=1e-4), place
     assert rows["bits", 2]["loss"] > 1.1 * rows["none", None]["loss"]
