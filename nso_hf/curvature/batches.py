@@ -21,6 +21,12 @@ Batch = Mapping[str, Any]
 _MANY = 1000  # elements of a container that is taken for data, not for state
 
 
+def examples_of(batch: Batch) -> int:
+    """How many there are in it."""
+    tensors = (value for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+    return next((len(tensor) for tensor in tensors), 1)
+
+
 def training_batches(trainer: Trainer, num_batches: int | None = None) -> list[Batch]:
     """The first `num_batches` batches (None: all) of the training data in their order, made by the
     trainer's own loader and collator; their size is `per_device_train_batch_size`. What is random

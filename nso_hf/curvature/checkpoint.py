@@ -11,7 +11,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nso_hf.curvature.batches import Batch
+from nso_hf.curvature.batches import Batch, examples_of
 from nso_hf.refusal import Refusal, refusal
 from nso_hf.running.sampling import drawn, places
 from nso_hf.running.tables import SUFFIXES, is_table, rows
@@ -38,7 +38,7 @@ class Sample:
 
     @property
     def number(self) -> int:
-        return sum(len(next(iter(batch.values()))) for batch in self.batches)
+        return sum(map(examples_of, self.batches))
 
     def as_json(self) -> dict[str, int | None]:
         classes = None if self.num_classes is None else self.classes
@@ -181,7 +181,11 @@ class Data:
         own = {str(name).casefold(): number for number, name in config.id2label.items()}
         if all(name.casefold() in own for name in classes):
             numbers = [own[name.casefold()] for name in classes]
-            return [{**row, "label": numbers[row["label"]]} for row in rows]
+            known = range(len(numbers))  # -1, which data sets write for none, is refused below
+            return [
+                {**row, "label": numbers[row["label"]]} if row["label"] in known else row
+                for row in rows
+            ]
         has_names = not all(name.startswith("label_") for name in own)
         if has_names and (Path(self.path).is_dir() or len(classes) != len(own)):
             unknown = next(name for name in classes if name.casefold() not in own)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from nso_hf.backends import Backend, alone, select
-from nso_hf.curvature.batches import Batch, training_batches
+from nso_hf.curvature.batches import Batch, examples_of, training_batches
 from nso_hf.curvature.parameters import Selection, left_out, select_measured
 from nso_hf.curvature.vectors import Vectors
 from nso_hf.refusal import refusal
@@ -82,7 +82,7 @@ class Objective:
             if not isinstance(batch, Mapping):
                 rule, cure = "must be a dict of what the model takes", "Write {'input_ids': ...}"
                 raise refusal("batches", type(batch).__name__, rule, cure)
-        sizes = [_examples(batch) for batch in every]
+        sizes = [examples_of(batch) for batch in every]
         self.num_batches, self.num_examples = len(every), sum(sizes)
         self.weights_of_batches = [size / self.num_examples for size in sizes]
         self.num_rounds = -(-len(every) // processes)
@@ -234,11 +234,6 @@ def graph_of(loss: Tensor) -> Iterator[Any]:
             seen.add(node)
             left += [following for following, _ in node.next_functions]
             yield node
-
-
-def _examples(batch: Batch) -> int:
-    tensors = (value for value in batch.values() if isinstance(value, Tensor) and value.ndim)
-    return next((len(tensor) for tensor in tensors), 1)
 
 
 @contextmanager

@@ -121,10 +121,10 @@ class RecordedOptions(TrainerCallback):
         # The Trainer goes on with the intervals of the checkpoint, whatever was asked for.
         state.compute_steps(args, state.max_steps)
         self._began = time.monotonic()
+        self._check_that_changes_matter(state)
         if not state.is_world_process_zero:
             return
         if self._resumes:
-            self._check_that_changes_matter(state)
             changes = "; ".join(f"{n} {old!r} -> {new!r}" for n, (old, new) in self.changes.items())
             how = f"changed: {changes}" if changes else "with the same options"
             print(f"\nGoing on from step {state.global_step}; {how}.")

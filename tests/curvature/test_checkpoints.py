@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from PIL import Image
 from tokenizers import processors
@@ -308,6 +309,29 @@ def test_folders_are_the_classes_of_their_names(tmp_path):
     assert str(sample) == "4 examples; 2 of 3 classes"
     with pytest.raises(ValueError, match="the model has no class 'circle', but cat, dog, fox"):
         data(folders(tmp_path / "others", ["circle", "dog"], 1), tmp_path).sample(model)
+
+
+def test_a_label_that_stands_for_none_is_no_class(tmp_path):
+    """-1, in the test splits of benchmarks whose labels are kept back."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["b", "a"])})
+    kept_back = Dataset.from_dict({"text": ["x", "y"], "label": [0, -1]}, features=features)
+    kept_back.to_parquet(tmp_path / "set" / "train.parquet")
+    model = bert(tmp_path, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
+    with pytest.raises(ValueError, match=r"the label is none of the model's .* in the row .*-1"):
+        data(tmp_path / "set", tmp_path).sample(model)
+    kept_back.select([0]).to_parquet(tmp_path / "set" / "train.parquet")
+    sample = data(tmp_path / "set", tmp_path, split="train").sample(model)
+    assert sample.batches[0]["labels"].tolist() == [1]
+
+
+def test_saved_batches_may_hold_what_is_no_tensor(tmp_path):
+    model = load_checkpoint(str(save_model("gpt2", tmp_path / "gpt2")))
+    tokens = torch.zeros(3, 4, dtype=torch.long)
+    batch = {"use_cache": False, "input_ids": tokens, "labels": tokens}
+    torch.save([batch, batch], tmp_path / "batches.pt")
+    assert (
+        str(data(tmp_path / "batches.pt", tmp_path, num_batches=None).sample(model)) == "6 examples"
+    )
 
 
 def test_examples_are_drawn_from_all_classes(tmp_path):
